@@ -1,0 +1,44 @@
+"""nanhunt finds the operation that made a PyTorch training step non-finite, and tests its explanation.
+
+>>> with nanhunt.watch(model, optimizer, out_dir="debug"):
+...     train()
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nanhunt.errors import CaptureError, NanhuntError, NonFiniteStep, TargetError
+
+if TYPE_CHECKING:
+    from nanhunt.capture.format import Capture, read_capture
+    from nanhunt.capture.watch import Fault, Watch, watch
+    from nanhunt.experiments.replay import replay
+
+# Served on first use, so that what needs no torch starts without it.
+_LAZY = {
+    "Capture": "nanhunt.capture.format",
+    "read_capture": "nanhunt.capture.format",
+    "Fault": "nanhunt.capture.watch",
+    "Watch": "nanhunt.capture.watch",
+    "watch": "nanhunt.capture.watch",
+    "replay": "nanhunt.experiments.replay",
+}
+
+__all__ = [
+    "Capture",
+    "CaptureError",
+    "Fault",
+    "NanhuntError",
+    "NonFiniteStep",
+    "TargetError",
+    "Watch",
+    "read_capture",
+    "replay",
+    "watch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'nanhunt' has no attribute {name!r}")

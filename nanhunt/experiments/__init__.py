@@ -1,0 +1,1 @@
+"""Replays with exactly one thing changed, and what follows from them."""

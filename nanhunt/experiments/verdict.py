@@ -1,0 +1,106 @@
+"""The verdict: what the replays allow to be said, and nothing else."""
+
+from collections.abc import Sequence
+
+from nanhunt.findings import Certainty, Finding, Verdict
+from nanhunt.records.steps import ExperimentResult, GridCell, StepOutcome
+
+LEGACY_LIMITS = (
+    "this file holds a batch only; the weights, the optimizer state and the random numbers of the failing step are not in "
+    "it. A finite replay on fresh weights does not show that the data or the architecture are sound, nor that the damage "
+    "was cumulative: the failing step itself cannot be run again"
+)
+
+
+def decide(
+    baseline: StepOutcome | None,
+    finding: Finding | None,
+    experiments: Sequence[ExperimentResult],
+    grid: Sequence[GridCell],
+    *,
+    is_legacy: bool,
+    is_captured: bool = True,
+) -> Verdict:
+    """Draws the conclusion.
+
+    Args:
+        baseline: The step as captured (or on fresh weights, where no others are known).
+        finding: The first offender.
+        experiments: What was tried.
+        grid: Weights against batches.
+        is_legacy: Whether the capture holds a batch only.
+        is_captured: Whether the baseline ran on the captured weights.
+    """
+    flipped = tuple(result.name for result in experiments if result.outcome and result.outcome.is_finite)
+    unmoved = tuple(result.name for result in experiments if result.outcome and not result.outcome.is_finite)
+    if baseline is None:
+        return Verdict("unknown", "the step was not run")
+    if is_legacy and not is_captured:
+        return Verdict("unknown", f"{_legacy_result(baseline, grid)}; {LEGACY_LIMITS}", flipped, unmoved)
+    if baseline.is_finite:
+        text = "the step is finite when it is run again: what made it fail is not in the capture, or did not recur"
+        return Verdict("unknown", text, flipped, unmoved)
+    culprits = [result for result in experiments if result.name in flipped and result.family in ("offender", "model")]
+    tested: Certainty = "tested" if culprits else ("observed" if finding and finding.cause != "unknown" else "unknown")
+    parts = [_cause(finding, culprits), *_masks(experiments), *_data(experiments, grid)]
+    return Verdict(tested, ". ".join(part for part in parts if part), flipped, unmoved)
+
+
+def _legacy_result(baseline: StepOutcome, grid: Sequence[GridCell]) -> str:
+    fresh = [cell for cell in grid if cell.weights == "fresh" and cell.batch == "bad"]
+    finite = sum(1 for cell in fresh if cell.outcome.is_finite)
+    if not fresh:
+        return "the batch was run on fresh weights: " + ("finite" if baseline.is_finite else "non-finite")
+    return f"on fresh weights the batch is finite with {finite} of {len(fresh)} seeds"
+
+
+def _cause(finding: Finding | None, culprits: Sequence[ExperimentResult]) -> str:
+    if culprits:
+        changed = " and, on its own, ".join(result.title for result in culprits)
+        cause = finding.cause if finding else "unknown"
+        return f"{cause}: the step becomes finite with {changed}"
+    if finding is None:
+        return "the step is non-finite, but no operation was seen to cause it"
+    if finding.cause == "unknown":
+        return "where it begins is known, why is not: no change to the offending operation was found to make it finite"
+    return f"{finding.cause} was observed; no experiment on the operation itself could be run"
+
+
+def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
+    parts: list[str] = []
+    tried = [r for r in experiments if r.outcome is not None and r.family in ("mask", "optimizer")]
+    unmoved = [r.title for r in tried if r.outcome and not r.outcome.is_finite]
+    hidden = [r.title for r in tried if r.outcome and r.outcome.is_finite]
+    if unmoved:
+        parts.append(f"No effect: {'; '.join(unmoved)}")
+    if hidden:
+        parts.append(f"Finite, but a mask: {'; '.join(hidden)}")
+    precise = [r for r in experiments if r.family == "precision" and r.outcome is not None]
+    for result in precise:
+        finite = result.outcome is not None and result.outcome.is_finite
+        parts.append(f"{_capital(result.title)} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}")
+    return parts
+
+
+def _data(experiments: Sequence[ExperimentResult], grid: Sequence[GridCell]) -> list[str]:
+    parts: list[str] = []
+    samples = [r for r in experiments if r.family == "data" and r.outcome is not None]
+    moved = [r.title for r in samples if r.outcome and r.outcome.is_finite]
+    if samples:
+        parts.append(f"Finite with {_either(moved)}" if moved else "No single replaced sample makes it finite")
+    fresh = [cell for cell in grid if cell.weights == "fresh" and cell.batch == "bad"]
+    if fresh:
+        finite = sum(1 for cell in fresh if cell.outcome.is_finite)
+        parts.append(f"On fresh weights the same batch is finite with {finite} of {len(fresh)} seeds")
+    control = [cell for cell in grid if cell.weights != "fresh" and cell.batch == "control"]
+    for cell in control:
+        parts.append(f"On these weights the control batch is {'finite' if cell.outcome.is_finite else 'non-finite too'}")
+    return parts
+
+
+def _either(titles: Sequence[str]) -> str:
+    return ", or with ".join(titles)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,136 @@
+"""What the rules and experiments concluded; a report prints these and nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nanhunt.records.ops import SourceLine
+from nanhunt.records.steps import Determinism, ExperimentResult, GridCell, StepOutcome
+
+Severity = Literal["error", "warning"]
+Certainty = Literal["tested", "observed", "unknown"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a finding is.
+
+    Attributes:
+        phase: forward, backward, optimizer, data or weights.
+        op: Name of the operation, such as ``aten::div_``; empty where no operation is to blame.
+        forward_op: For a backward fault, the forward operation it differentiates.
+        module: Dotted path; empty outside modules.
+        source: The user's line.
+        step: Optimizer step, from 0.
+        micro_step: Part of an accumulated step, from 0.
+        rank: Process of a distributed run.
+    """
+
+    phase: str
+    op: str = ""
+    forward_op: str = ""
+    module: str = ""
+    source: SourceLine | None = None
+    step: int | None = None
+    micro_step: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    Attributes:
+        code: Rule code, such as ``NH203``.
+        name: Rule name in kebab case; reads after "allow".
+        severity: error or warning.
+        certainty: tested (an experiment flipped the outcome), observed, or unknown.
+        cause: Kebab-case cause, or ``unknown``.
+        message: A fact with its value, lower case, no full stop, never the cure.
+        location: Where.
+        evidence: Numbers behind it.
+        notes: Context.
+        help: What to try.
+    """
+
+    code: str
+    name: str
+    severity: Severity
+    certainty: Certainty
+    cause: str
+    message: str
+    location: Location
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    help: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A check that could not run, with the reason; never a pass."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChainLink:
+    """One station on the way from the offender to the sinks."""
+
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the experiments allow to be said.
+
+    Attributes:
+        certainty: tested where an experiment flipped the outcome.
+        text: One or two sentences.
+        flipped: Names of the changes that made the step finite.
+        unmoved: Names of the changes that did not.
+    """
+
+    certainty: Certainty
+    text: str
+    flipped: tuple[str, ...] = ()
+    unmoved: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a replay found.
+
+    Attributes:
+        title: What was replayed.
+        facts: Short lines about the captured step.
+        findings: Faults, the first offender first.
+        chain: From the offender to the sinks.
+        grid: Weights against batches.
+        experiments: Replays with one thing changed.
+        baseline: The replayed step itself.
+        determinism: Whether it was the captured step.
+        verdict: The conclusion.
+        skips: What could not be done, and why.
+        seconds: Wall time of the whole replay.
+        num_steps: Steps run.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    findings: tuple[Finding, ...]
+    chain: tuple[ChainLink, ...]
+    grid: tuple[GridCell, ...]
+    experiments: tuple[ExperimentResult, ...]
+    baseline: StepOutcome | None
+    determinism: Determinism
+    verdict: Verdict
+    skips: tuple[Skip, ...] = ()
+    seconds: float = 0.0
+    num_steps: int = 0
+
+    @property
+    def first(self) -> Finding | None:
+        """The first offender, or None when nothing is wrong."""
+        return self.findings[0] if self.findings else None

@@ -1,0 +1,1 @@
+"""Probes: they record and change nothing."""

@@ -1,0 +1,113 @@
+"""Whether tensors are finite, as cheaply as the values allow.
+
+A sum is one pass at memory speed and cannot hide a NaN or an infinity, but may overflow without one; it is therefore the
+first look, and only a non-finite sum pays for the exact count.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from nanhunt.records.ops import ValueFacts
+from nanhunt.records.steps import Tally
+
+# Sums in these types overflow at a few thousand ordinary values, so they are summed in float32.
+_SUMMED_WIDER = (torch.float16,)
+_FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+
+
+def can_hold_nonfinite(tensor: Tensor) -> bool:
+    """Whether the type has NaN or infinities at all."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def unreadable_kind(tensor: Tensor) -> str | None:
+    """Why the values cannot be looked at (sparse, meta, nested), or None if they can."""
+    if tensor.is_meta:
+        return "meta tensor"
+    if tensor.is_nested:
+        return "nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')} tensor"
+    if tensor.is_quantized:
+        return "quantized tensor"
+    return None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The values without autograd, in a type that reductions support."""
+    values = tensor.detach()
+    if values.dtype.is_complex:
+        values = torch.view_as_real(values.resolve_conj())
+    if values.dtype in _FLOAT8:
+        values = values.to(torch.float32)
+    return values
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is finite; true for empty tensors and types without NaN. Reads one scalar back."""
+    if not can_hold_nonfinite(tensor) or tensor.numel() == 0:
+        return True
+    values = _plain(tensor)
+    total = values.sum(dtype=torch.float32).item() if values.dtype in _SUMMED_WIDER else values.sum().item()
+    return math.isfinite(total) or bool(torch.isfinite(values).all())
+
+
+def sums(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The float64 sums of the tensors, stacked on the CPU with one read per device; None if there is nothing to sum."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if can_hold_nonfinite(tensor) and tensor.numel() and unreadable_kind(tensor) is None:
+            values = _plain(tensor)
+            total = values.sum(dtype=torch.float32) if values.dtype in _SUMMED_WIDER else values.sum()
+            by_device.setdefault(tensor.device, []).append(total.to(torch.float64))
+    stacks = [torch.stack(totals).cpu() for totals in by_device.values()]
+    return torch.cat(stacks) if stacks else None
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element of every tensor is finite."""
+    totals = sums(tensors)
+    if totals is None or math.isfinite(totals.sum().item()):
+        return True
+    return all(is_finite(tensor) for tensor in tensors if unreadable_kind(tensor) is None)
+
+
+def value_facts(tensor: Tensor) -> ValueFacts:
+    """Exact counts of NaN and infinities, and the largest finite magnitude."""
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    if not can_hold_nonfinite(tensor) or tensor.numel() == 0 or unreadable_kind(tensor):
+        return ValueFacts(shape, dtype)
+    values = _plain(tensor)
+    finite = torch.isfinite(values)
+    kept = values[finite]
+    return ValueFacts(
+        shape,
+        dtype,
+        num_nan=int(torch.isnan(values).sum()),
+        num_posinf=int(torch.isposinf(values).sum()),
+        num_neginf=int(torch.isneginf(values).sum()),
+        abs_max=float(kept.abs().max()) if kept.numel() else None,
+    )
+
+
+def first_nonfinite(tensor: Tensor) -> tuple[int, ...]:
+    """Index of the first non-finite element in memory order of a contiguous copy; empty if there is none."""
+    bad = (~torch.isfinite(tensor.detach())).nonzero()
+    return tuple(int(position) for position in bad[0]) if len(bad) else ()
+
+
+def tally(named: Iterable[tuple[str, Tensor]]) -> Tally:
+    """How many of the tensors, and of their elements, are non-finite."""
+    tensors = num_tensors = elements = num_elements = 0
+    first = ""
+    for name, tensor in named:
+        num_tensors += 1
+        num_elements += tensor.numel()
+        if not is_finite(tensor):
+            tensors += 1
+            elements += value_facts(tensor).num_nonfinite
+            first = first or name
+    return Tally(tensors, num_tensors, elements, num_elements, first)

@@ -1,0 +1,54 @@
+"""root-gradient-at-zero: the gradient of a square root was taken at zero.
+
+What it does:
+    Looks at the divisor in the backward pass of ``sqrt``, which is twice its result. The rule holds only if it is 0 at the
+    offending elements.
+
+Why it matters:
+    The slope of the root at 0 is infinite; times a zero that comes from further up it is NaN. The forward pass is fine.
+
+Example:
+    ``(x ** 2).sum().sqrt()`` at ``x = 0``
+
+Use instead:
+    ``torch.linalg.vector_norm``, whose gradient at 0 is 0, or a small constant inside the root. A clamp after the root comes
+    too late.
+"""
+
+from nanhunt.records.evidence import OffenderEvidence, Operand
+from nanhunt.records.ops import OpRecord, ValueFacts
+from nanhunt.rules.registry import Case, Judgement, Rule
+
+_DIVISIONS = ("aten::div", "aten::div_")
+
+
+def _judge(case: Case) -> Judgement | None:
+    if case.op is None or case.op.forward_op != "aten::sqrt" or case.op.op not in _DIVISIONS:
+        return None
+    divisor = case.operand("other")
+    if divisor is None or not divisor.at_offenders or any(value != 0.0 for value in divisor.at_offenders):
+        return None
+    assert case.evidence is not None
+    number, where = case.evidence.num_offending, list(case.evidence.positions[0])
+    return Judgement(
+        f"gradient of sqrt at 0 for {number:,} elements, first at {where}",
+        evidence={"num_offending": number, "first_position": where},
+        help=("put a small constant inside the root, or use torch.linalg.vector_norm",),
+    )
+
+
+RULE = Rule("NH202", "root-gradient-at-zero", "root-gradient-at-zero", _judge)
+
+_BACKWARD = OpRecord(
+    *(9, "aten::div", "birth", "backward", "", None),
+    forward_op="aten::sqrt",
+    outputs=(ValueFacts((2,), "float32", num_posinf=1),),
+)
+
+
+def _at(value: float) -> Case:
+    return Case(_BACKWARD, OffenderEvidence(1, ((0,),), (float("inf"),), (Operand("other", None, (value,)),)))
+
+
+FLAGGED = (_at(0.0),)
+CLEAN = (_at(1e-30),)

@@ -1,0 +1,89 @@
+"""eigenvector-gradient-at-tie: the gradient of eigenvectors was taken where two eigenvalues are exactly equal.
+
+What it does:
+    Looks at the spectrum of the matrix at which the backward pass of ``eigh`` or ``svd`` went non-finite. The rule holds
+    only if two of its values are equal bit for bit.
+
+Why it matters:
+    The derivative of an eigenvector holds 1 / (value_i - value_j). At a tie the eigenvectors are not even defined, only
+    the space they span, and the division gives infinity or NaN. The forward pass is finite throughout.
+
+Example:
+    ``torch.linalg.eigh(torch.eye(3, requires_grad=True)).eigenvectors.sum().backward()``
+
+Use instead:
+    Detach the eigenvectors where they are only a description of the graph; or a function of the matrix that is smooth at
+    ties, such as a heat kernel or random-walk probabilities.
+
+Known limits:
+    Near-ties give huge but finite gradients (about 1 / gap) and are not this rule's.
+
+References:
+    Magnus 1985, "On differentiating eigenvalues and eigenvectors", Econometric Theory 1(2).
+"""
+
+from nanhunt.numerics import count
+from nanhunt.records.evidence import OffenderEvidence, Spectrum
+from nanhunt.records.ops import OpRecord, ValueFacts
+from nanhunt.rules.registry import Case, Judgement, Rule
+
+_SPECTRAL = ("aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_eig")
+
+
+def _judge(case: Case) -> Judgement | None:
+    spectrum = case.evidence.spectrum if case.evidence else None
+    if case.op is None or case.op.phase != "backward" or case.op.forward_op not in _SPECTRAL or spectrum is None:
+        return None
+    if not spectrum.tied:
+        return None
+    group = spectrum.tied[0]
+    value = spectrum.values[group[0]]
+    rows = ", ".join(str(row) for row in sorted(spectrum.rows[:6]))
+    more = f" and {len(spectrum.rows) - 6} more" if len(spectrum.rows) > 6 else ""
+    positions = " and ".join(str(position) for position in group)
+    return Judgement(
+        f"eigenvalue gap 0 at graph {spectrum.matrix_index} of {spectrum.num_matrices:,}: "
+        f"values {positions} are both {value:.9g}"
+        if len(group) == 2
+        else f"eigenvalue gap 0 at graph {spectrum.matrix_index} of {spectrum.num_matrices:,}: "
+        f"values {positions} are all {value:.9g}",
+        evidence={
+            "matrix_index": spectrum.matrix_index,
+            "tied_positions": list(group),
+            "eigenvalue": value,
+            "nodes_tied": sorted(spectrum.rows),
+            "spacing_of_floats_there": spectrum.eps,
+            "num_tied_matrices": spectrum.num_tied,
+            "num_matrices": spectrum.num_matrices,
+            "median_min_gap": spectrum.median_min_gap,
+        },
+        notes=(
+            f"the tied eigenvectors live on nodes {rows}{more}",
+            f"{count(spectrum.num_tied, 'matrix').replace('matrixs', 'matrices')} of {spectrum.num_matrices:,} "
+            f"exactly tied; median smallest gap {spectrum.median_min_gap:.2g}",
+            "the backward pass divides by the gap between eigenvalues; the forward pass is finite",
+        ),
+        help=(
+            "detach the eigenvectors, if the model only needs them as features",
+            "adding eps to the diagonal moves all eigenvalues alike and leaves the gap at 0",
+        ),
+    )
+
+
+RULE = Rule("NH203", "eigenvector-gradient-at-tie", "eigenvector-gradient-at-tied-spectrum", _judge)
+
+_DIV = OpRecord(
+    *(67, "aten::div_", "birth", "backward", "pe", None),
+    forward_index=22,
+    forward_op="aten::_linalg_eigh",
+    outputs=(ValueFacts((2, 3, 3), "float32", num_nan=2),),
+)
+
+
+def _with_values(values: tuple[float, ...], tied: tuple[tuple[int, ...], ...]) -> Case:
+    spectrum = Spectrum(1, 2, len(tied), values, tied, 0.0 if tied else 1e-6, 0.01, (0, 2) if tied else (), 1.2e-7)
+    return Case(_DIV, OffenderEvidence(2, ((1, 0, 1), (1, 1, 0)), (float("nan"),) * 2, spectrum=spectrum))
+
+
+FLAGGED = (_with_values((0.0, 1.0, 1.0), ((1, 2),)), _with_values((1.0, 1.0, 1.0), ((0, 1, 2),)))
+CLEAN = (_with_values((0.0, 1.0, 1.000001), ()), Case(_DIV, None))

@@ -1,0 +1,50 @@
+"""log-of-nonpositive: the logarithm of zero or of a negative number was taken.
+
+What it does:
+    Looks at the argument of ``log``, ``log2``, ``log10`` and ``log1p`` at the offending elements. The rule holds only if all
+    of them lie at or below the edge of the domain.
+
+Why it matters:
+    log(0) is -inf and log of a negative number is NaN; in a loss that is the end of the step.
+
+Use instead:
+    ``logsigmoid``, ``log_softmax`` or ``softplus`` on the logits, which never form the number whose logarithm is wanted.
+"""
+
+from nanhunt.records.evidence import OffenderEvidence, Operand
+from nanhunt.records.ops import OpRecord, ValueFacts
+from nanhunt.rules.registry import Case, Judgement, Rule
+
+_EDGES = {"log": 0.0, "log2": 0.0, "log10": 0.0, "log1p": -1.0}
+
+
+def _judge(case: Case) -> Judgement | None:
+    if case.op is None:
+        return None
+    name = case.op.op.removeprefix("aten::").removesuffix("_")
+    argument = case.operand("self")
+    if name not in _EDGES or argument is None or not argument.at_offenders:
+        return None
+    edge = _EDGES[name]
+    if any(value > edge for value in argument.at_offenders):
+        return None
+    assert case.evidence is not None
+    lowest, where = min(argument.at_offenders), list(case.evidence.positions[0])
+    return Judgement(
+        f"{name} of {lowest:.6g} at {case.evidence.num_offending:,} elements, first at {where}",
+        evidence={"num_offending": case.evidence.num_offending, "first_position": where, "lowest_argument": lowest},
+        help=("work on the logits: logsigmoid, log_softmax or softplus do not form the argument at all",),
+    )
+
+
+RULE = Rule("NH501", "log-of-nonpositive", "log-of-nonpositive", _judge)
+
+_LOG = OpRecord(5, "aten::log", "birth", "forward", "loss", None, outputs=(ValueFacts((2,), "float32", num_neginf=1),))
+
+
+def _log_of(value: float) -> Case:
+    return Case(_LOG, OffenderEvidence(1, ((1,),), (float("-inf"),), (Operand("self", None, (value,)),)))
+
+
+FLAGGED = (_log_of(0.0), _log_of(-2.0))
+CLEAN = (_log_of(1e-300), Case(_LOG, None))

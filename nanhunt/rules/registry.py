@@ -1,0 +1,123 @@
+"""What a rule is, and how the rules are found."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+import nanhunt.rules
+from nanhunt.findings import Finding, Location
+from nanhunt.records.evidence import OffenderEvidence, Operand
+from nanhunt.records.ops import OpRecord, StateSource, Trace
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a rule judges: the first offender of a traced step.
+
+    Attributes:
+        offender: The operation or the tensor.
+        evidence: The values at its offending elements; None where none could be gathered.
+        trace: The whole trace.
+        step: Optimizer step.
+    """
+
+    offender: OpRecord | StateSource
+    evidence: OffenderEvidence | None = None
+    trace: Trace = field(default_factory=lambda: Trace(0, ()))
+    step: int = 0
+
+    @property
+    def op(self) -> OpRecord | None:
+        """The offender where it is an operation."""
+        return self.offender if isinstance(self.offender, OpRecord) else None
+
+    def operand(self, name: str) -> Operand | None:
+        """The offender's input of this schema name."""
+        operands = self.evidence.operands if self.evidence else ()
+        return next((operand for operand in operands if operand.name == name), None)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a rule says of a case it applies to: the fact, its numbers, the context, what to try."""
+
+    message: str
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    help: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One cause.
+
+    Attributes:
+        code: ``NH203``.
+        name: Kebab case; names the fault.
+        cause: Kebab-case cause, or ``unknown`` for a rule that only says where.
+        judge: The judgement, or None where the predicate does not hold.
+    """
+
+    code: str
+    name: str
+    cause: str
+    judge: Callable[[Case], Judgement | None]
+
+
+@cache
+def all_rules() -> tuple[Rule, ...]:
+    """Every rule, by code.
+
+    Raises:
+        ValueError: If two rules have the same code.
+    """
+    names = sorted(module.name for module in iter_modules(nanhunt.rules.__path__) if module.name.startswith("nh"))
+    rules = tuple(import_module(f"nanhunt.rules.{name}").RULE for name in names)
+    codes = [rule.code for rule in rules]
+    taken = sorted({code for code in codes if codes.count(code) > 1})
+    if taken:
+        raise ValueError(f"rule code {taken[0]} is taken twice")
+    return rules
+
+
+def judge(case: Case) -> Finding:
+    """The finding for the first offender: of the first rule that names a cause, else of the one that says where."""
+    ordered = sorted(all_rules(), key=lambda rule: (rule.cause == "unknown", rule.code))
+    for rule in ordered:
+        judgement = rule.judge(case)
+        if judgement is not None:
+            return _finding(rule, judgement, case)
+    raise ValueError(f"no rule covers {case.offender}")
+
+
+def _finding(rule: Rule, judgement: Judgement, case: Case) -> Finding:
+    return Finding(
+        code=rule.code,
+        name=rule.name,
+        severity="error",
+        certainty="unknown" if rule.cause == "unknown" else "observed",
+        cause=rule.cause,
+        message=judgement.message,
+        location=locate(case),
+        evidence=judgement.evidence,
+        notes=judgement.notes,
+        help=judgement.help,
+    )
+
+
+def locate(case: Case) -> Location:
+    """Where the offender is, in the terms of a finding."""
+    if isinstance(case.offender, StateSource):
+        phase = "data" if case.offender.kind == "batch" else "weights"
+        return Location(phase=phase, module=case.offender.name, step=case.step)
+    record = case.offender
+    return Location(
+        phase="optimizer" if record.phase in ("clip", "optimizer") else record.phase,
+        op=record.op,
+        forward_op=record.forward_op or "",
+        module=record.module,
+        source=record.source,
+        step=case.step,
+    )
