@@ -16,23 +16,6 @@ if TYPE_CHECKING:
     from detector.train import StepStats, Trainer
     from detector.windows import Batch
 
-_HELP = """Trains the V3 seizure detector on synthetic EEG, or on EDF recordings.
-
-Without --data it makes its own input: synthetic EEG with rhythms, seizures, artefacts and electrode drop-outs, the same for
-the same seed. The presets incident and small-incident are the failing system; they run unwatched unless --trace-finite is
-given.
-
-Exit code: 0 done, 1 a step went non-finite, 2 wrong use or an unreadable recording.
-
-Examples:
-
-  nanhunt train --preset small --steps 300
-
-  nanhunt train --preset small-incident --steps 300 --trace-finite
-
-  nanhunt train --preset small --steps 20 --data night1.edf --data night2.edf
-"""
-
 
 def train(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "v3",
@@ -50,6 +33,21 @@ def train(
     save: Annotated[Path | None, typer.Option(help="Write a checkpoint here at the end.", show_default=False)] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default=False)] = None,
 ) -> None:
+    """Trains the V3 seizure detector on synthetic EEG, or on EDF recordings.
+
+    Without --data it makes its own input: synthetic EEG with rhythms, seizures, artefacts and electrode drop-outs, the
+    same for the same seed. The presets incident and small-incident are the failing system; they run unwatched unless
+    --trace-finite is given.
+
+    Exit code: 0 done, 1 a step went non-finite, 2 wrong use or an unreadable recording.
+
+    Examples:
+      nanhunt train --preset small --steps 300
+
+      nanhunt train --preset small-incident --steps 300 --trace-finite
+
+      nanhunt train --preset small --steps 20 --data night1.edf --data night2.edf
+    """
     config = _config(preset, seed, batch_size)
     if on_fault not in ("raise", "skip", "record"):
         raise NanhuntError(f"--on-fault is raise, skip or record, not {on_fault!r}")
@@ -68,9 +66,6 @@ def train(
         _save(trainer, save)
         raise typer.Exit(130) from None
     _save(trainer, save)
-
-
-train.__doc__ = _HELP
 
 
 def _config(preset: str, seed: int | None, batch_size: int | None) -> DetectorConfig:

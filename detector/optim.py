@@ -20,8 +20,8 @@ def parameter_groups(
     Args:
         model: The model.
         weight_decay: Decay of the decayed group.
-        decay_groups: ``by_module_type`` decays the weights of linear maps and convolutions and nothing else: by the type
-            of the owning module, since names lie (a layer called ``dbnet`` holds "bn", a norm may be called ``seq.1``).
+        decay_groups: ``by_module_type`` decays the weights of linear maps and convolutions and nothing else: by the
+            type of the owning module, since names lie (a layer called ``dbnet`` holds "bn", a norm may be called ``seq.1``).
             ``single`` decays everything.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -56,7 +56,5 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> to
     """Warm-up and cosine, stepped once per optimizer step; the first step runs at the first warm-up rate."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: learning_rate_factor(
-            step, warmup_steps=config.warmup_steps, schedule_steps=config.schedule_steps
-        ),
+        lambda step: learning_rate_factor(step, warmup_steps=config.warmup_steps, schedule_steps=config.schedule_steps),
     )

@@ -93,7 +93,7 @@ class Trainer:
             try:
                 for batch in islice(watch.batches(batches) if watch else batches, num_steps):
                     loss, norm = self.train_step(batch)
-                    rate = self.scheduler.get_last_lr()[0]
+                    rate = float(self.scheduler.get_last_lr()[0])
                     self.scheduler.step()
                     self.num_steps_done += 1
                     speed = self.num_steps_done * len(batch["windows"]) / (time.perf_counter() - started)
@@ -150,4 +150,3 @@ class Trainer:
             f"({reason})",
             help="run it again with --trace-finite to catch the step that did it",
         )
-

@@ -1,7 +1,8 @@
 """Finding and building what is debugged: a model, its optimizer and its loss.
 
-A target is any object with ``build(seed) -> nn.Module``; a function that returns a module is one as well. What else it may
-offer: ``optimizer(model)``, ``loss(model, batch)`` (a tensor, or a dict of named terms that are added), ``max_grad_norm``,
+A target is any object with ``build(seed) -> nn.Module``; a function that returns a module is one as well. What else
+it may offer: ``optimizer(model)``, ``loss(model, batch)`` (a tensor, or a dict of named terms that are added),
+``max_grad_norm``,
 ``config`` (JSON data, stored in captures), ``configure(config)`` (the target such a config describes),
 ``control_batch(seed)``, and ``variants()`` (named alternatives of the model that take the same weights).
 """
@@ -81,7 +82,7 @@ class Target:
 
     def variants(self) -> dict[str, "Target"]:
         """Alternatives of the model that take the same weights, by what they change."""
-        offered = getattr(self.source, "variants", dict)()
+        offered: dict[str, Any] = getattr(self.source, "variants", dict)()
         return {title: Target(f"{self.name} ({title})", source) for title, source in offered.items()}
 
     def configured(self, config: Mapping[str, Any] | None) -> "Target":
@@ -119,11 +120,15 @@ def find_target(spec: str | None, recorded: Mapping[str, Any] | None = None) -> 
     if name is not None and name in installed:
         return _load(installed[name]).configured(config)
     if name is not None and name != "":
-        raise TargetError(f"the capture was made with the target {name!r}, which is not installed", help="give --target")
+        raise TargetError(
+            f"the capture was made with the target {name!r}, which is not installed", help="give --target"
+        )
     plain_names = [name for name in installed if "." not in name]
     if len(plain_names) == 1:
         return _load(installed[plain_names[0]])
-    raise TargetError("the capture names no target", help=f"give --target module:attribute or one of: {_names(installed)}")
+    raise TargetError(
+        "the capture names no target", help=f"give --target module:attribute or one of: {_names(installed)}"
+    )
 
 
 def _same_family(spec: str, recorded: Mapping[str, Any] | None) -> bool:

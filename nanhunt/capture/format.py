@@ -73,7 +73,9 @@ def plain(value: Any, path: str = "") -> Any:
         CaptureError: If a leaf is neither a tensor nor plain data.
     """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous() if value.layout is torch.strided else value.detach().cpu()
+        return (
+            value.detach().to("cpu", copy=True).contiguous() if value.layout is torch.strided else value.detach().cpu()
+        )
     if isinstance(value, Mapping):
         return {key: plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, tuple):
@@ -100,7 +102,7 @@ def tensor_paths(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def checksum(tensor: Tensor) -> str:
-    """BLAKE2b-128 of the tensor's bytes in C order, with its dtype and shape; '' for layouts without one memory block."""
+    """BLAKE2b-128 of the tensor's bytes in C order, dtype and shape; '' where there is no single block."""
     if tensor.layout is not torch.strided:
         return ""
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
@@ -130,7 +132,9 @@ def write_capture(capture: Capture, folder: Path) -> Path:
             os.fsync(file.fileno())
         return _publish(temporary, folder / f"bad_batch_{capture.step:06d}.pt")
     except (OSError, RuntimeError) as error:
-        raise CaptureError(f"cannot write the capture to {folder}: {error}", help="check free space and rights") from error
+        raise CaptureError(
+            f"cannot write the capture to {folder}: {error}", help="check free space and rights"
+        ) from error
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
@@ -180,7 +184,9 @@ def read_capture(path: str | Path) -> Capture:
     if {"windows", "labels"} <= set(content) and isinstance(content["windows"], Tensor):
         return _read_legacy(path, content)
     keys = ", ".join(sorted(str(key) for key in content)[:5])
-    raise CaptureError(f"{path} is not a capture: it holds {keys or 'nothing'}", help="a capture is written by nanhunt.watch")
+    raise CaptureError(
+        f"{path} is not a capture: it holds {keys or 'nothing'}", help="a capture is written by nanhunt.watch"
+    )
 
 
 def load_archive(path: Path) -> Any:
@@ -225,7 +231,9 @@ def _check_archive(path: Path) -> None:
 def _read_current(path: Path, content: dict[str, Any]) -> Capture:
     version = content["nanhunt_capture"]
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CaptureError(f"{path} has capture format {version}; this nanhunt reads up to {FORMAT_VERSION}", help="update nanhunt")
+        raise CaptureError(
+            f"{path} has capture format {version}; this nanhunt reads up to {FORMAT_VERSION}", help="update nanhunt"
+        )
     try:
         meta, payload = json.loads(content["meta"]), content["payload"]
         checksums, _ = meta.pop("checksums"), meta["step"]

@@ -3,70 +3,21 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from nanhunt.capture.format import Capture, checksum, tensor_paths
+from nanhunt.capture.format import Capture, tensor_paths
 from nanhunt.capture.rng import rng_state, set_rng_state
-from nanhunt.capture.watch import canonical
+from nanhunt.capture.step import NO_CHANGE, Batches, Change, ReplayedStep, StepRun, optimizer_tensors
 from nanhunt.errors import TargetError
 from nanhunt.observe.exact import ExactTracer
-from nanhunt.observe.finite import tally
-from nanhunt.records.steps import Determinism, StepOutcome, Tally
+from nanhunt.records.steps import Determinism, StepOutcome
 from nanhunt.targets import Target
-
-Batches = list[Any]
-
-
-@dataclass(frozen=True)
-class Change:
-    """The one thing an experiment changes; every field that is None leaves the step as it was.
-
-    Attributes:
-        name: Kebab-case name.
-        title: For a person.
-        family: What kind of explanation it tests.
-        batches: Gives the batches to use instead.
-        around: A context in which forward and backward run.
-        model: Changes the model after its weights are in place, for instance with hooks.
-        gradients: Changes the gradients before clipping.
-        optimizer: Gives the optimizer to use instead.
-        target: A variant of the target that takes the same weights.
-        dtype: Floating-point type of weights and batches.
-        note: What a finite outcome does not show.
-    """
-
-    name: str
-    title: str
-    family: Literal["offender", "data", "optimizer", "mask", "precision", "model"]
-    batches: Callable[[Batches], Batches] | None = None
-    around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
-    model: Callable[[nn.Module], None] | None = None
-    gradients: Callable[[nn.Module], None] | None = None
-    optimizer: Callable[[nn.Module, Optimizer], Optimizer] | None = None
-    target: Target | None = None
-    dtype: torch.dtype | None = None
-    note: str = ""
-
-
-NO_CHANGE = Change("none", "nothing", "model")
-
-
-@dataclass
-class ReplayedStep:
-    """What is left of a step after it ran: its outcome, and the model to go on with."""
-
-    outcome: StepOutcome
-    model: nn.Module
-    gradient_checksums: dict[str, str] = field(default_factory=dict)
-    next_outputs: Tally | None = None
-    next_error: str = ""
 
 
 class Replayer:
@@ -128,7 +79,7 @@ class Replayer:
                 chosen = tree_map(lambda leaf: _cast(leaf, change.dtype), chosen)
             if tracer is not None:
                 self._declare(tracer, model, optimizer, chosen)
-            run = _Run(self, model, optimizer, change, tracer or _NoTracer())
+            run = StepRun(self.capture, self.target, model, optimizer, change=change, tracer=tracer)
             step = run.all_phases(chosen)
             if look_ahead:
                 step.next_outputs, step.next_error = run.next_forward(chosen)
@@ -143,7 +94,11 @@ class Replayer:
             return Determinism("unknown", "the file holds a batch only, nothing to compare with")
         if self._is_checkpoint:
             return Determinism("unknown", "the weights come from the checkpoint, not from the captured step")
-        recorded = float.fromhex(observed["loss"]) if observed["loss"] not in ("nan", "inf", "-inf") else float(observed["loss"])
+        recorded = (
+            float.fromhex(observed["loss"])
+            if observed["loss"] not in ("nan", "inf", "-inf")
+            else float(observed["loss"])
+        )
         loss = step.outcome.loss
         if not (loss == recorded or (math.isnan(loss) and math.isnan(recorded))):
             return Determinism("differs", f"loss {loss:.9g}, captured {recorded:.9g}{self._environment_hint()}")
@@ -218,178 +173,6 @@ class Replayer:
             tracer.declare("optimizer state", list(optimizer_tensors(model, optimizer)))
 
 
-class _Run:
-    """One pass through the phases of a step."""
-
-    def __init__(
-        self, replayer: Replayer, model: nn.Module, optimizer: Optimizer | None, change: Change, tracer: Any
-    ) -> None:
-        self.replayer, self.model, self.optimizer, self.change, self.tracer = replayer, model, optimizer, change, tracer
-        self.target = replayer.target
-        scaler = replayer.capture.payload.get("scaler")
-        self.scale = float(scaler["scale"]) if scaler else 1.0
-
-    def all_phases(self, batches: Batches) -> ReplayedStep:
-        """Forward, backward, clipping, optimizer step; an exception ends the step and becomes its outcome."""
-        result: dict[str, Any] = {"loss": math.nan}
-        checksums: dict[str, str] = {}
-        phase: Any = "forward"
-        around = self.change.around() if self.change.around is not None else contextlib.nullcontext()
-        try:
-            with self.tracer:
-                with around, self._autocast():
-                    result["loss"] = 0.0
-                    for loss, seed_gradients in self._losses(batches):
-                        phase = "backward"
-                        result["loss"] += float(loss.detach()) if seed_gradients is None else math.nan
-                        self._backward(loss, seed_gradients)
-                        phase = "forward"
-                phase = "backward"
-                result |= self._after_backward()
-                phase = "step"
-                result |= self._step(checksums)
-        except Exception as error:  # noqa: BLE001 - whatever the user's step raises is the outcome to report
-            result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".strip()
-            result["failed_phase"] = phase
-            if phase == "forward" and _is_misfit(error):
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise TargetError(
-                    f"the captured batch does not fit target {self.target.name}: {text}", help="check --target"
-                ) from error
-        failed = result.pop("failed_phase", None) or self._first_nonfinite_phase(result)
-        return ReplayedStep(StepOutcome(**result, failed_phase=failed), self.model, checksums)
-
-    def _losses(self, batches: Batches) -> Iterator[tuple[Any, Any]]:
-        """The loss of each micro-step, or the model's outputs with the gradients that were recorded for them."""
-        if batches:
-            for batch in batches:
-                loss = self._loss(batch)
-                self.tracer.reached("loss", [("loss", loss.detach())])
-                yield loss, None
-            return
-        for call in self.replayer.capture.payload["calls"]:
-            output = self.model(*call["args"], **call["kwargs"])
-            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            self.tracer.reached("output", [(f"output {n}", leaf.detach()) for n, leaf in enumerate(outputs)])
-            pairs = [(outputs[int(n)], gradient) for n, gradient in call["output_grads"].items()]
-            yield [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
-
-    def _loss(self, batch: Any) -> Tensor:
-        target = self.change.target or self.target
-        loss = target.loss(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TargetError(f"the loss of target {target.name} is not a single number")
-        return loss
-
-    def _backward(self, loss: Any, seed_gradients: Any) -> None:
-        with self.tracer.phase("backward"):
-            if seed_gradients is None:
-                (loss * self.scale if self.scale != 1.0 else loss).backward()
-            elif loss:
-                torch.autograd.backward(loss, seed_gradients)
-
-    def _after_backward(self) -> dict[str, Any]:
-        named = self._gradients()
-        if self.scale != 1.0:
-            torch._foreach_mul_([gradient for _, gradient in named], 1.0 / self.scale)
-        if self.change.gradients is not None:
-            self.change.gradients(self.model)
-            named = self._gradients()
-        self.tracer.reached("gradient", named)
-        with torch.no_grad(), _quiet(self.tracer):
-            norm = float(torch.linalg.vector_norm(torch.stack([g.norm().float() for _, g in named]))) if named else 0.0
-            zero = sum(1 for _, gradient in named if not bool(gradient.any()))
-        with _quiet(self.tracer):
-            counted = tally(named)
-        return {"gradients": counted, "gradient_norm": norm, "num_zero_gradients": zero}
-
-    def _step(self, checksums: dict[str, str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self.target.max_grad_norm is not None:
-            with self.tracer.phase("clip"):
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.target.max_grad_norm)
-            with _quiet(self.tracer):
-                found["clipped"] = tally(self._gradients())
-        with _quiet(self.tracer):
-            checksums.update({name: checksum(canonical(gradient)) for name, gradient in self._gradients()})
-        if self.optimizer is not None:
-            with self.tracer.phase("optimizer"):
-                self.optimizer.step()
-            self.tracer.reached("parameter", [(name, p.detach()) for name, p in self.model.named_parameters()])
-            self.tracer.reached("optimizer state", list(optimizer_tensors(self.model, self.optimizer)))
-            with _quiet(self.tracer):
-                found["weights"] = tally((name, p.detach()) for name, p in self.model.named_parameters())
-        self.tracer.reached("buffer", list(self.model.named_buffers()))
-        return found
-
-    def next_forward(self, batches: Batches) -> tuple[Tally | None, str]:
-        """How much of the model's output is non-finite in the forward pass after the step."""
-        seen: list[Tensor] = []
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            seen.extend(leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-        handle = self.model.register_forward_hook(note)
-        error = ""
-        try:
-            with torch.no_grad(), self._autocast():
-                if batches:
-                    self.target.loss(self.model, batches[-1])
-                else:
-                    call = self.replayer.capture.payload["calls"][-1]
-                    self.model(*call["args"], **call["kwargs"])
-        except Exception as raised:  # noqa: BLE001 - a model with NaN weights may raise anything; that is the answer
-            error = f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
-        finally:
-            handle.remove()
-        return (tally((f"output {n}", tensor) for n, tensor in enumerate(seen)) if seen else None), error
-
-    def _gradients(self) -> list[tuple[str, Tensor]]:
-        return [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        state = self.replayer.capture.meta.get("autocast") or {}
-        if not state:
-            return contextlib.nullcontext()
-        return torch.autocast(state["device"], dtype=getattr(torch, state["dtype"]))
-
-    def _first_nonfinite_phase(self, result: dict[str, Any]) -> Any:
-        has_loss = bool(self.replayer.capture.batches)
-        if has_loss and not math.isfinite(result["loss"]):
-            return "forward"
-        if not result["gradients"].is_finite:
-            return "backward"
-        if not result.get("weights", Tally()).is_finite:
-            return "step"
-        return None
-
-
-class _NoTracer(contextlib.nullcontext):  # type: ignore[type-arg]
-    """Stands in for the tracer where nothing is traced."""
-
-    def phase(self, phase: str) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def reached(self, kind: str, named: Any) -> None:
-        return None
-
-
-def _quiet(tracer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Keeps our own looks out of the trace."""
-    if isinstance(tracer, ExactTracer):
-        return torch.utils._python_dispatch._disable_current_modes()
-    return contextlib.nullcontext()
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the optimizer's state as ``exp_avg of encoder.0.weight``."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value
-
-
 @contextlib.contextmanager
 def _settings(environment: dict[str, Any]) -> Iterator[None]:
     """The captured number of threads; the process's own settings and random numbers are put back afterwards."""
@@ -442,12 +225,3 @@ def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _is_misfit(error: Exception) -> bool:
-    """Whether the step failed because batch and model do not belong together, which is no numerical outcome."""
-    text = str(error)
-    if isinstance(error, torch.linalg.LinAlgError) or "invalid values" in text or "nan" in text.lower():
-        return False
-    words = ("shape", "size of tensor", "channels", "must match", "must be a", "expected input", "dimension")
-    return isinstance(error, KeyError | TypeError | IndexError) or any(word in text for word in words)

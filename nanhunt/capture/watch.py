@@ -5,8 +5,8 @@ NOTE on what it costs and what it keeps.
 1. One read per step: the sums of the loss and of all gradients, stacked. A non-finite sum is confirmed exactly.
 2. A step is judged where it would do harm, in the optimizer's own pre-hook. What a loop or a ``GradScaler`` skips by
    itself never gets there and is no fault.
-3. The weights still are the captured ones then: nothing has to be copied beforehand but buffers (a forward pass may move
-   them) and the states of the random generators.
+3. The weights still are the captured ones then: nothing has to be copied beforehand but buffers (a forward pass may
+   move them) and the states of the random generators.
 4. Batches and model inputs are kept by reference since the last step; their version counters tell whether the loop has
    written into them since.
 """
@@ -313,10 +313,11 @@ def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
         model: The model whose forward is called in the loop.
         optimizer: Its optimizer.
         options: ``out_dir``: folder of the captures, "debug". ``on_fault``: "raise" (default) stops with
-            ``NonFiniteStep``; "skip" leaves weights and moments as they are and goes on; "record" goes on with the step.
-            ``target``: what ``--target`` would be given to rebuild the model. ``config``: JSON data kept for that target.
-            ``scaler``: the loop's ``GradScaler``, to be kept in the capture. ``start_step``: number of the first step.
-            ``trace_finite``: also follow every module's output and gradient (forward and tensor hooks, one read a step).
+            ``NonFiniteStep``; "skip" leaves weights and moments as they are and goes on; "record" goes on with the
+            step. ``target``: what ``--target`` would be given to rebuild the model. ``config``: JSON data kept for
+            that target. ``scaler``: the loop's ``GradScaler``, to be kept in the capture. ``start_step``: number of
+            the first step. ``trace_finite``: also follow every module's output and gradient (forward and tensor
+            hooks, one read a step).
 
     Raises:
         ValueError: If ``on_fault`` is none of the three.
@@ -376,4 +377,3 @@ def _autocast_state() -> dict[str, Any]:
         if torch.is_autocast_enabled(device):
             return {"device": device, "dtype": str(torch.get_autocast_dtype(device)).removeprefix("torch.")}
     return {}
-

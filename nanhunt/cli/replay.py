@@ -7,19 +7,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-_HELP = """Runs a captured step again, names the operation that made it non-finite, and tests why.
-
-Exit code: 0 nothing non-finite was found, 1 a fault was found, 2 the file or the target cannot be used.
-
-Examples:
-
-  nanhunt replay debug/bad_batch_000019.pt
-
-  nanhunt replay debug/bad_batch_000019.pt --target mymodel:target
-
-  nanhunt replay old_batch.pt --checkpoint last.pt --json > report.json
-"""
-
 
 def replay(
     file: Annotated[Path, typer.Argument(help="The capture, as nanhunt.watch wrote it.", show_default=False)],
@@ -33,7 +20,17 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     seeds: Annotated[int, typer.Option(min=0, help="Fresh initialisations to compare with.")] = 2,
 ) -> None:
-    # The docstring of a command is its help text, see below.
+    """Runs a captured step again, names the operation that made it non-finite, and tests why.
+
+    Exit code: 0 nothing non-finite was found, 1 a fault was found, 2 the file or the target cannot be used.
+
+    Examples:
+      nanhunt replay debug/bad_batch_000019.pt
+
+      nanhunt replay debug/bad_batch_000019.pt --target mymodel:target
+
+      nanhunt replay old_batch.pt --checkpoint last.pt --json > report.json
+    """
     from nanhunt.experiments.replay import replay as run_replay
     from nanhunt.reports import console as console_report
     from nanhunt.reports import json_report
@@ -54,6 +51,3 @@ def replay(
         out = Console(highlight=False)
         console_report.print_report(report, Console(highlight=False, width=min(out.width, 100)))
     raise typer.Exit(1 if report.findings else 0)
-
-
-replay.__doc__ = _HELP

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from nanhunt.capture.format import Capture, load_archive, read_capture
-from nanhunt.capture.replay import Batches, Change, ReplayedStep, Replayer
+from nanhunt.capture.replay import Replayer
+from nanhunt.capture.step import Batches, Change, ReplayedStep
 from nanhunt.errors import CaptureError
 from nanhunt.experiments.changes import Diagnosis, proposed_changes
 from nanhunt.experiments.verdict import LEGACY_LIMITS, decide
@@ -72,7 +73,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CaptureError(f"{path} holds no model weights", help="expected a state dict, or model_state_dict inside one")
+        raise CaptureError(
+            f"{path} holds no model weights", help="expected a state dict, or model_state_dict inside one"
+        )
     if all(name.startswith("module.") for name in content):
         # DistributedDataParallel prefixes every name.
         return {name.removeprefix("module."): value for name, value in content.items()}
@@ -124,7 +127,10 @@ class _Session:
         step = self.replayer.run(tracer=tracer, seed=self._base_seed, look_ahead=True)
         self.trace = tracer.trace
         self.skips += [Skip("looking at an operation", problem) for problem in self.trace.problems]
-        self.skips += [Skip(f"looking at {count(number, kind)}", "its values cannot be read") for kind, number in self.trace.skipped]
+        self.skips += [
+            Skip(f"looking at {count(number, kind)}", "its values cannot be read")
+            for kind, number in self.trace.skipped
+        ]
         return step
 
     def _judge(self, step: ReplayedStep) -> None:
@@ -176,7 +182,8 @@ class _Session:
                     self.grid.append(GridCell("fresh", column, seed, outcome))  # type: ignore[arg-type]
 
     def _run_experiments(self, control: Batches) -> None:
-        assert self.baseline is not None and self.trace is not None
+        assert self.baseline is not None
+        assert self.trace is not None
         if self.baseline.is_finite:
             self.skips.append(Skip("experiments", "the step is finite as it is: there is nothing to flip"))
             return
@@ -195,7 +202,8 @@ class _Session:
             outcome = self.replayer.run(change=change, seed=self._base_seed).outcome
         except Exception as error:  # noqa: BLE001 - an experiment that cannot run is a skip with its reason
             return ExperimentResult(change.name, change.title, change.family, None, skipped=_one_line(error))
-        if outcome.error and outcome.failed_phase == "forward" and outcome.error.startswith("LookupError"):
+        if outcome.error and not outcome.refused_values:
+            # It says something of the change, not of the fault: a call that was not found, a dtype that did not fit.
             return ExperimentResult(change.name, change.title, change.family, None, skipped=outcome.error)
         return ExperimentResult(change.name, change.title, change.family, outcome, note=change.note)
 
@@ -237,8 +245,12 @@ def _chain(offender: Any, trace: Trace, step: ReplayedStep) -> Iterator[ChainLin
         yield ChainLink(f"{offender.op}{of}", f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
     else:
         facts = offender.facts
-        yield ChainLink(f"{offender.kind} {offender.name}", f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
-    later = sum(1 for record in trace.ops if record.kind != "kill" and record.index > offender.index) + trace.num_dropped
+        yield ChainLink(
+            f"{offender.kind} {offender.name}", f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}"
+        )
+    later = (
+        sum(1 for record in trace.ops if record.kind != "kill" and record.index > offender.index) + trace.num_dropped
+    )
     if later:
         yield ChainLink("later operations", f"{later:,} non-finite")
     outcome = step.outcome

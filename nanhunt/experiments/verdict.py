@@ -6,9 +6,9 @@ from nanhunt.findings import Certainty, Finding, Verdict
 from nanhunt.records.steps import ExperimentResult, GridCell, StepOutcome
 
 LEGACY_LIMITS = (
-    "this file holds a batch only; the weights, the optimizer state and the random numbers of the failing step are not in "
-    "it. A finite replay on fresh weights does not show that the data or the architecture are sound, nor that the damage "
-    "was cumulative: the failing step itself cannot be run again"
+    "this file holds a batch only; the weights, the optimizer state and the random numbers of the failing step are not "
+    "in it. A finite replay on fresh weights does not show that the data or the architecture are sound, nor that the "
+    "damage was cumulative: the failing step itself cannot be run again"
 )
 
 
@@ -78,7 +78,9 @@ def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
     precise = [r for r in experiments if r.family == "precision" and r.outcome is not None]
     for result in precise:
         finite = result.outcome is not None and result.outcome.is_finite
-        parts.append(f"{_capital(result.title)} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}")
+        parts.append(
+            f"{_capital(result.title)} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}"
+        )
     return parts
 
 
@@ -93,8 +95,8 @@ def _data(experiments: Sequence[ExperimentResult], grid: Sequence[GridCell]) -> 
         finite = sum(1 for cell in fresh if cell.outcome.is_finite)
         parts.append(f"On fresh weights the same batch is finite with {finite} of {len(fresh)} seeds")
     control = [cell for cell in grid if cell.weights != "fresh" and cell.batch == "control"]
-    for cell in control:
-        parts.append(f"On these weights the control batch is {'finite' if cell.outcome.is_finite else 'non-finite too'}")
+    words = {True: "finite", False: "non-finite too"}
+    parts += [f"On these weights the control batch is {words[cell.outcome.is_finite]}" for cell in control]
     return parts
 
 

@@ -5,16 +5,15 @@ NOTE on how a fault is followed.
 1. Memory, not Python objects, carries a value: autograd unpacks a saved tensor as a new object, views and in-place
    operations share memory. State is therefore kept per storage, held by a weak reference so that an address is never
    taken for another's.
-2. A storage is *tainted* with the indices of the births whose non-finite values it may hold. A read of a tainted storage
-   looks at the view that is really read; only then do the births travel on.
+2. A storage is *tainted* with the indices of the births whose non-finite values it may hold. A read of a tainted
+   storage looks at the view that is really read; only then do the births travel on.
 3. An operation whose inputs are all untainted needs one look, at its output. A non-finite output is then a birth.
 4. Memory from ``empty`` holds anything until it is written, and is not looked at before.
-5. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation dispatched
-   after the node was numbered, ``_get_sequence_nr() == node._sequence_nr() + 1``.
+5. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation
+   dispatched after the node was numbered, ``_get_sequence_nr() == node._sequence_nr() + 1``.
 """
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,15 @@ from nanhunt.observe.finite import (
     value_facts,
 )
 from nanhunt.observe.module_path import ModulePath
+from nanhunt.observe.op_info import (
+    CANNOT_CREATE,
+    UNINITIALISED,
+    FocusedOp,
+    copied,
+    has_nonfinite_constant,
+    op_name,
+    written,
+)
 from nanhunt.observe.source import source_line, user_frame
 from nanhunt.records.ops import OpRecord, Phase, Sink, SourceLine, StateSource, Trace
 
@@ -42,17 +50,6 @@ MAX_RECORDS = 20_000
 
 _PURGE_EVERY = 4096
 _NO_BIRTHS: frozenset[int] = frozenset()
-
-# Outputs that hold whatever the memory held.
-_UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_"}
-
-# Operations that only move finite values or bound them: from untainted inputs they make untainted outputs, so the look is
-# saved. A type conversion may overflow and is not among them; neither is anything with a constant that may be infinite.
-_CANNOT_CREATE = {
-    *("abs", "cat", "clone", "expand", "flip", "gather", "index_select", "neg", "relu", "repeat", "roll", "sigmoid"),
-    *("sign", "sin", "cos", "split", "stack", "tanh", "tril", "triu", "zeros", "zeros_like", "ones", "ones_like", "zero_"),
-    *("threshold_backward", "new_zeros", "unfold_backward", "slice_backward", "select_backward"),
-}
 
 
 @dataclass
@@ -76,17 +73,6 @@ class _Storage:
 
 
 @dataclass
-class FocusedOp:
-    """The values of one operation, kept for the rules: arguments before it ran, outputs after."""
-
-    op: str
-    schema_names: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[Tensor, ...] = ()
-
-
-@dataclass
 class _Call:
     """One operation while it is being judged."""
 
@@ -103,7 +89,8 @@ class _Call:
 class ExactTracer(TorchDispatchMode):
     """Records every operation of a step that has to do with non-finite values.
 
-    Use as a context manager around the step. The values and random numbers of the step are the same with and without it.
+    Use as a context manager around the step. The values and random numbers of the step are the same with and without
+    it.
 
     Args:
         model: Names the modules; None outside modules.
@@ -206,12 +193,12 @@ class ExactTracer(TorchDispatchMode):
         self._note_site(call)
         if index in self._focus:
             names = tuple(argument.name for argument in func._schema.arguments)
-            self.focused[index] = FocusedOp(_op_name(func), names, _copied(args), _copied(kwargs))
+            self.focused[index] = FocusedOp(op_name(func), names, copied(args), copied(kwargs))
         for tensor in inputs:
             state = self._state_of(tensor)
             if state is not None and state.births:
                 self._read_tainted(call, tensor, state)
-        call.written = _written(func, args, kwargs)
+        call.written = written(func, args, kwargs)
         return call
 
     def _note_site(self, call: _Call) -> None:
@@ -220,7 +207,7 @@ class ExactTracer(TorchDispatchMode):
             number = torch._C._autograd._get_sequence_nr()
             if number not in self._sites:
                 self._sites[number] = _ForwardSite(
-                    call.index, _op_name(call.func), self._path.current, user_frame(), self._phase
+                    call.index, op_name(call.func), self._path.current, user_frame(), self._phase
                 )
 
     def _read_tainted(self, call: _Call, tensor: Tensor, state: _Storage) -> None:
@@ -235,12 +222,12 @@ class ExactTracer(TorchDispatchMode):
         produced = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if call.index in self._focus:
             self.focused[call.index].outputs = tuple(tensor.detach().clone() for tensor in produced)
-        written = {id(tensor) for tensor in call.written}
+        overwritten = {id(tensor) for tensor in call.written}
         input_keys = {_storage_key(tensor) for tensor in call.inputs}
-        results = [*call.written, *(tensor for tensor in produced if id(tensor) not in written)]
+        results = [*call.written, *(tensor for tensor in produced if id(tensor) not in overwritten)]
         bad: list[Tensor] = []
         for tensor in results:
-            is_view = _storage_key(tensor) in input_keys and id(tensor) not in written
+            is_view = _storage_key(tensor) in input_keys and id(tensor) not in overwritten
             if not is_view and self._look_at_result(call, tensor):
                 bad.append(tensor)
         if bad:
@@ -255,10 +242,10 @@ class ExactTracer(TorchDispatchMode):
         state = self._state_of(tensor, is_result=True)
         if state is None:
             return False
-        if call.name in _UNINITIALISED:
+        if call.name in UNINITIALISED:
             state.uninitialised = True
             return False
-        if not call.taint and call.name in _CANNOT_CREATE and not state.births:
+        if not call.taint and call.name in CANNOT_CREATE and not state.births:
             return False
         if not can_hold_nonfinite(tensor):
             return False
@@ -275,7 +262,7 @@ class ExactTracer(TorchDispatchMode):
         if not explained and not call.taint:
             explained = self._find_unseen_sources(call)
         births = call.taint if explained else call.taint | {call.index}
-        deliberate = _has_nonfinite_constant(args, kwargs)
+        deliberate = has_nonfinite_constant(args, kwargs)
         for tensor in bad:
             state = self._state_of(tensor, is_result=True)
             if state is not None:
@@ -284,7 +271,7 @@ class ExactTracer(TorchDispatchMode):
         self._record(call, "propagate" if explained else "birth", tuple(facts), deliberate=deliberate)
 
     def _find_unseen_sources(self, call: _Call) -> bool:
-        """Whether an input holds non-finite values that no recorded operation wrote: memory never written, or from outside.
+        """Whether an input holds non-finite values that no recorded operation wrote.
 
         An operation that overwrites its input has destroyed the evidence, so those inputs are left out.
         """
@@ -305,7 +292,7 @@ class ExactTracer(TorchDispatchMode):
         site, recomputed, phase = self._where()
         record = OpRecord(
             index=call.index,
-            op=_op_name(call.func),
+            op=op_name(call.func),
             kind=kind,
             phase=phase,
             module=site.module if site else self._path.current,
@@ -372,35 +359,6 @@ def _storage_key(tensor: Tensor) -> int:
 def _covers_storage(tensor: Tensor) -> bool:
     """Whether the tensor is the whole of its memory."""
     return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
-
-
-def _op_name(func: Any) -> str:
-    """``aten::div_`` for ``aten.div_.Tensor``."""
-    schema = getattr(func, "_schema", None)
-    return schema.name if schema is not None else str(func)
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The arguments that the operation writes to: in place, ``out=``, and the lists of foreach operations."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    written: list[Tensor] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-    return written
-
-
-def _has_nonfinite_constant(args: Any, kwargs: Any) -> bool:
-    """Whether a plain number among the arguments is NaN or infinite."""
-    return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
-
-
-def _copied(values: Any) -> Any:
-    """The same structure with copies of the tensors."""
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, values)
 
 
 def _line_of(site: _ForwardSite | None) -> SourceLine | None:

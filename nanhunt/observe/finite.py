@@ -1,7 +1,7 @@
 """Whether tensors are finite, as cheaply as the values allow.
 
-A sum is one pass at memory speed and cannot hide a NaN or an infinity, but may overflow without one; it is therefore the
-first look, and only a non-finite sum pays for the exact count.
+A sum is one pass at memory speed and cannot hide a NaN or an infinity, but may overflow without one; it is therefore
+the first look, and only a non-finite sum pays for the exact count.
 """
 
 import math

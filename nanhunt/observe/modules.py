@@ -63,7 +63,9 @@ class ModuleTracer:
         # A module is to blame where the gradient that came to its output was finite and the one it passed on is not.
         blamed = [name for name in dict.fromkeys(entered) if name not in left]
         deepest = [name for name in blamed if not any(_is_inside(other, name) for other in blamed)]
-        return ModuleFault("backward", tuple(deepest or blamed or entered[:1]), len(self._input_gradients), len(entered))
+        return ModuleFault(
+            "backward", tuple(deepest or blamed or entered[:1]), len(self._input_gradients), len(entered)
+        )
 
     def _on_inputs(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -26,4 +26,5 @@ class ModuleFault:
         where = " or ".join(name or "the model itself" for name in self.modules)
         if self.phase == "forward":
             return f"first non-finite output: {where} ({self.num_nonfinite} of {self.num_modules} outputs)"
-        return f"gradient first non-finite going back through {where} ({self.num_nonfinite} of {self.num_modules} gradients)"
+        share = f"{self.num_nonfinite} of {self.num_modules} gradients"
+        return f"gradient first non-finite going back through {where} ({share})"

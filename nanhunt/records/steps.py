@@ -32,6 +32,7 @@ class StepOutcome:
         gradient_norm: Total norm before clipping.
         num_zero_gradients: Gradient tensors that are exactly zero throughout.
         error: The exception that ended the step early, as one line.
+        refused_values: Whether that exception is an operation's refusal of non-finite or singular values.
         failed_phase: The first phase that went non-finite or raised; None if the step is finite throughout.
         seconds: Wall time.
     """
@@ -43,6 +44,7 @@ class StepOutcome:
     gradient_norm: float = 0.0
     num_zero_gradients: int = 0
     error: str = ""
+    refused_values: bool = False
     failed_phase: Literal["forward", "backward", "step"] | None = None
     seconds: float = 0.0
 

@@ -1,15 +1,15 @@
 """division-by-zero: the offending elements were divided by exactly zero.
 
 What it does:
-    Looks at the divisor at the offending elements of ``div`` and at the argument of ``reciprocal``, ``rsqrt`` and negative
-    powers. The rule holds only if it is 0 at all of them.
+    Looks at the divisor at the offending elements of ``div`` and at the argument of ``reciprocal``, ``rsqrt`` and
+    negative powers. The rule holds only if it is 0 at all of them.
 
 Why it matters:
     x / 0 is infinite and 0 / 0 is NaN; either spreads.
 
 Known limits:
-    In a backward pass only the gradient of a quotient is meant: the gradients of roots and eigenvectors divide by zero as
-    well, for reasons of their own, which have their own rules.
+    In a backward pass only the gradient of a quotient is meant: the gradients of roots and eigenvectors divide by
+    zero as well, for reasons of their own, which have their own rules.
 """
 
 from dataclasses import replace
@@ -19,7 +19,14 @@ from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
 
-_DIVISORS = {"div": "other", "div_": "other", "reciprocal": "self", "rsqrt": "self", "reciprocal_": "self", "rsqrt_": "self"}
+_DIVISORS = {
+    "div": "other",
+    "div_": "other",
+    "reciprocal": "self",
+    "rsqrt": "self",
+    "reciprocal_": "self",
+    "rsqrt_": "self",
+}
 
 
 def _judge(case: Case) -> Judgement | None:

@@ -1,8 +1,8 @@
 """non-finite-gradient: a backward operation made NaN or infinity of finite inputs, for a reason no other rule knows.
 
 What it does:
-    Names the first operation of the backward pass whose non-finite output reached a parameter's gradient, and the forward
-    operation it differentiates.
+    Names the first operation of the backward pass whose non-finite output reached a parameter's gradient, and the
+    forward operation it differentiates.
 
 Why it matters:
     A finite loss says nothing about its gradient; one optimizer step later the weights are lost.

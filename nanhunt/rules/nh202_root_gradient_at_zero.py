@@ -1,8 +1,8 @@
 """root-gradient-at-zero: the gradient of a square root was taken at zero.
 
 What it does:
-    Looks at the divisor in the backward pass of ``sqrt``, which is twice its result. The rule holds only if it is 0 at the
-    offending elements.
+    Looks at the divisor in the backward pass of ``sqrt``, which is twice its result. The rule holds only if it is 0
+    at the offending elements.
 
 Why it matters:
     The slope of the root at 0 is infinite; times a zero that comes from further up it is NaN. The forward pass is fine.
@@ -11,8 +11,8 @@ Example:
     ``(x ** 2).sum().sqrt()`` at ``x = 0``
 
 Use instead:
-    ``torch.linalg.vector_norm``, whose gradient at 0 is 0, or a small constant inside the root. A clamp after the root comes
-    too late.
+    ``torch.linalg.vector_norm``, whose gradient at 0 is 0, or a small constant inside the root. A clamp after the
+    root comes too late.
 """
 
 from nanhunt.records.evidence import OffenderEvidence, Operand

@@ -1,8 +1,8 @@
 """eigenvector-gradient-at-tie: the gradient of eigenvectors was taken where two eigenvalues are exactly equal.
 
 What it does:
-    Looks at the spectrum of the matrix at which the backward pass of ``eigh`` or ``svd`` went non-finite. The rule holds
-    only if two of its values are equal bit for bit.
+    Looks at the spectrum of the matrix at which the backward pass of ``eigh`` or ``svd`` went non-finite. The rule
+    holds only if two of its values are equal bit for bit.
 
 Why it matters:
     The derivative of an eigenvector holds 1 / (value_i - value_j). At a tie the eigenvectors are not even defined, only
@@ -12,8 +12,8 @@ Example:
     ``torch.linalg.eigh(torch.eye(3, requires_grad=True)).eigenvectors.sum().backward()``
 
 Use instead:
-    Detach the eigenvectors where they are only a description of the graph; or a function of the matrix that is smooth at
-    ties, such as a heat kernel or random-walk probabilities.
+    Detach the eigenvectors where they are only a description of the graph; or a function of the matrix that is smooth
+    at ties, such as a heat kernel or random-walk probabilities.
 
 Known limits:
     Near-ties give huge but finite gradients (about 1 / gap) and are not this rule's.

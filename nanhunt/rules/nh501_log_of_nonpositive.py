@@ -1,14 +1,15 @@
 """log-of-nonpositive: the logarithm of zero or of a negative number was taken.
 
 What it does:
-    Looks at the argument of ``log``, ``log2``, ``log10`` and ``log1p`` at the offending elements. The rule holds only if all
-    of them lie at or below the edge of the domain.
+    Looks at the argument of ``log``, ``log2``, ``log10`` and ``log1p`` at the offending elements. The rule holds only
+    if all of them lie at or below the edge of the domain.
 
 Why it matters:
     log(0) is -inf and log of a negative number is NaN; in a loss that is the end of the step.
 
 Use instead:
-    ``logsigmoid``, ``log_softmax`` or ``softplus`` on the logits, which never form the number whose logarithm is wanted.
+    ``logsigmoid``, ``log_softmax`` or ``softplus`` on the logits, which never form the number whose logarithm is
+    wanted.
 """
 
 from nanhunt.records.evidence import OffenderEvidence, Operand

@@ -1,7 +1,8 @@
 """non-finite-state: a weight, buffer or optimizer moment was NaN or infinite before the step began.
 
 What it does:
-    Looks at parameters, buffers and optimizer state before the forward pass, and at memory and constants at their first use.
+    Looks at parameters, buffers and optimizer state before the forward pass, and at memory and constants at their
+    first use.
 
 Why it matters:
     The step is only where it shows; an earlier one did it, and this batch is innocent.

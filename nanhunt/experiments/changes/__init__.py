@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from nanhunt.capture.format import Capture
-from nanhunt.capture.replay import Batches, Change
+from nanhunt.capture.step import Batches, Change
 from nanhunt.findings import Finding, Skip
 from nanhunt.records.ops import OpRecord
 from nanhunt.targets import Target

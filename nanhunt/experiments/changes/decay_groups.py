@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.optim import Optimizer
 
-from nanhunt.capture.replay import Change
+from nanhunt.capture.step import Change
 from nanhunt.experiments.changes import Diagnosis
 from nanhunt.findings import Skip
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from nanhunt.capture.replay import Change
+from nanhunt.capture.step import Change
 from nanhunt.experiments.changes import Diagnosis
 from nanhunt.experiments.substitute import Substitution, tensors_mapped
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanhunt.capture.replay import Change
+from nanhunt.capture.step import Change
 from nanhunt.experiments.changes import Diagnosis
 from nanhunt.experiments.substitute import Substitution, tensors_mapped
 from nanhunt.records.ops import SourceLine

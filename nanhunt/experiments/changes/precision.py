@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nanhunt.capture.replay import Change
+from nanhunt.capture.step import Change
 from nanhunt.experiments.changes import Diagnosis
 
 

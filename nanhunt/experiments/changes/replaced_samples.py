@@ -1,7 +1,7 @@
 """The batch with one of its samples replaced by a control sample.
 
-Replaced rather than dropped: a smaller batch takes other kernels and rounds otherwise, which alone can undo a fault that
-hangs on the last bit.
+Replaced rather than dropped: a smaller batch takes other kernels and rounds otherwise, which alone can undo a fault
+that hangs on the last bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanhunt.capture.format import tensor_paths
-from nanhunt.capture.replay import Batches, Change
+from nanhunt.capture.step import Batches, Change
 from nanhunt.experiments.changes import Diagnosis
 from nanhunt.findings import Skip
 
