@@ -84,22 +84,28 @@ class Trainer:
 
         Raises:
             NonFiniteStep: If a watched step is non-finite and ``on_fault`` is ``raise``.
-            DivergedError: If an unwatched run ends in an operation that refuses non-finite input.
+            DivergedError: If an unwatched run ends non-finite, or in an operation that refuses non-finite input.
         """
         watched = self.config.train.finite_check or trace_finite
         watch = self._watch(out_dir, on_fault, trace_finite) if watched else None
-        started = time.perf_counter()
-        with watch or contextlib.nullcontext():
-            try:
-                for batch in islice(watch.batches(batches) if watch else batches, num_steps):
-                    loss, norm = self.train_step(batch)
-                    rate = float(self.scheduler.get_last_lr()[0])
-                    self.scheduler.step()
-                    self.num_steps_done += 1
-                    speed = self.num_steps_done * len(batch["windows"]) / (time.perf_counter() - started)
-                    on_step(StepStats(self.num_steps_done - 1, loss, norm, rate, speed))
-            except torch.linalg.LinAlgError as error:
-                raise self._diverged(error) from error
+        try:
+            with watch or contextlib.nullcontext():
+                self._loop(islice(watch.batches(batches) if watch else batches, num_steps), on_step)
+        except torch.linalg.LinAlgError as error:
+            raise self._diverged(str(error).splitlines()[0]) from error
+        if not watched and not self._weights_are_finite():
+            raise self._diverged("nothing looked at the steps")
+
+    def _loop(self, batches: Iterable[Batch], on_step: Callable[[StepStats], None]) -> None:
+        started, num_windows = time.perf_counter(), 0
+        for batch in batches:
+            loss, norm = self.train_step(batch)
+            rate = float(self.scheduler.get_last_lr()[0])
+            self.scheduler.step()
+            self.num_steps_done += 1
+            num_windows += len(batch["windows"])
+            speed = num_windows / (time.perf_counter() - started)
+            on_step(StepStats(self.num_steps_done - 1, loss, norm, rate, speed))
 
     def train_step(self, batch: Batch) -> tuple[float, float]:
         """One optimizer step; the loss and the gradient norm before clipping."""
@@ -141,12 +147,14 @@ class Trainer:
             **options,
         )
 
-    def _diverged(self, error: Exception) -> DivergedError:
+    def _weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+
+    def _diverged(self, reason: str) -> DivergedError:
         parameters = list(self.model.parameters())
         bad = sum(1 for parameter in parameters if not bool(torch.isfinite(parameter).all()))
-        reason = str(error).splitlines()[0]
         return DivergedError(
-            f"training ended at step {self.num_steps_done}: {bad} of {len(parameters)} weight tensors are non-finite "
-            f"({reason})",
+            f"training ended after {self.num_steps_done} steps with {bad} of {len(parameters)} weight tensors "
+            f"non-finite ({reason})",
             help="run it again with --trace-finite to catch the step that did it",
         )

@@ -2,13 +2,13 @@
 
 import os
 import sys
-from importlib.metadata import entry_points
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 
 import typer
-from rich.console import Console
 
 from nanhunt.cli import replay, rules
-from nanhunt.errors import NanhuntError
+from nanhunt.errors import NanhuntError, first_line
 
 GROUP = "nanhunt.commands"
 
@@ -21,26 +21,54 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+
+def _load(point: EntryPoint) -> Callable[..., None]:
+    """The verb an installed package adds; one that cannot be loaded must not take the other verbs with it."""
+    try:
+        return point.load()
+    except Exception as error:  # noqa: BLE001 - another package's code; the reason is said when the verb is used
+        reason = f"{type(error).__name__}: {first_line(error)}"
+
+        def unusable() -> None:
+            raise NanhuntError(f"the verb {point.name!r} ({point.value}) cannot be loaded: {reason}")
+
+        unusable.__doc__ = f"Cannot be loaded: {reason}"
+        return unusable
+
+
 app.command("replay")(replay.replay)
 app.command("rules")(rules.rules)
 app.command("explain")(rules.explain)
 for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-    app.command(_point.name)(_point.load())
+    app.command(_point.name)(_load(_point))
+
+
+def _one_line(text: str) -> str:
+    """The text on one line, without what a terminal would obey: names of files and keys come from outside."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def main() -> None:
     """Runs the program; errors of use are one line on standard error and exit code 2."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            # Here, and not at the interpreter's exit, where a reader that has gone would be an error.
+            sys.stdout.flush()
     except NanhuntError as error:
         if os.environ.get("NANHUNT_DEBUG"):
             raise
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"nanhunt: {error.message}", markup=False)
+        sys.stderr.write(f"nanhunt: {_one_line(error.message)}\n")
         if error.help:
-            console.print(f"  help: {error.help}", markup=False)
+            sys.stderr.write(f"  help: {_one_line(error.help)}\n")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe has gone (`nanhunt replay FILE | head`); nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

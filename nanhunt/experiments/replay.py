@@ -72,7 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(map(_is_weight, content.items())):
         raise CaptureError(
             f"{path} holds no model weights", help="expected a state dict, or model_state_dict inside one"
         )
@@ -80,6 +80,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         # DistributedDataParallel prefixes every name.
         return {name.removeprefix("module."): value for name, value in content.items()}
     return content
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _target(target: Any, capture: Capture) -> Target:
@@ -168,7 +172,7 @@ class _Session:
         if not self.capture.batches:
             self.skips.append(Skip("weights against batches", "no batch was captured, only the model's own inputs"))
             return
-        name: Any = "captured" if self.replayer.has_weights else None
+        name: Any = self.replayer.weights_name
         if name:
             self.grid.append(GridCell(name, "bad", None, self.baseline))
             if control:

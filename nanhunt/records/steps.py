@@ -59,13 +59,13 @@ class GridCell:
     """One combination of weights and batch.
 
     Attributes:
-        weights: ``captured`` or ``fresh``.
+        weights: ``captured``, ``checkpoint`` or ``fresh``.
         batch: ``bad`` or ``control``.
         seed: Seed of the fresh weights; None for captured ones.
         outcome: What the step gave.
     """
 
-    weights: Literal["captured", "fresh"]
+    weights: Literal["captured", "checkpoint", "fresh"]
     batch: Literal["bad", "control"]
     seed: int | None
     outcome: StepOutcome
