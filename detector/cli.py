@@ -35,9 +35,10 @@ def train(
 ) -> None:
     """Trains the V3 seizure detector on synthetic EEG, or on EDF recordings.
 
-    Without --data it makes its own input: synthetic EEG with rhythms, seizures, artefacts and electrode drop-outs, the
-    same for the same seed. The presets incident and small-incident are the failing system; they run unwatched unless
-    --trace-finite is given.
+    Without --data it makes its own input: synthetic EEG with rhythms, seizures,
+    artefacts and electrode drop-outs, the same for the same seed. The presets
+    incident and small-incident are the failing system; they run unwatched
+    unless --trace-finite is given.
 
     Exit code: 0 done, 1 a step went non-finite, 2 wrong use or an unreadable recording.
 

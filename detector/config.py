@@ -78,8 +78,8 @@ class TrainConfig:
         batch_size: Windows per step.
         learning_rate: Peak rate of AdamW.
         weight_decay: Decoupled weight decay, per unit of learning rate.
-        decay_groups: ``by_module_type`` spares norms, biases, embeddings and the Mamba-2 parameters A_log, D and dt_bias;
-            ``single`` decays every parameter, as the incident did.
+        decay_groups: ``by_module_type`` spares norms, biases, embeddings and the Mamba-2 parameters A_log, D and
+            dt_bias; ``single`` decays every parameter, as the incident did.
         warmup_steps: Steps of linear warm-up; the first step runs at ``1 / warmup_steps`` of the peak.
         schedule_steps: Length of the whole schedule: the cosine reaches zero there.
         max_grad_norm: Total gradient norm above which gradients are scaled down.
@@ -124,7 +124,9 @@ class DetectorConfig:
         unknown = set(data) - {"model", "train"}
         if unknown:
             raise ValueError(f"unknown configuration section {sorted(unknown)}; known: model, train")
-        model = {key: tuple(value) if isinstance(value, list) else value for key, value in data.get("model", {}).items()}
+        model = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.get("model", {}).items()
+        }
         return cls(model=_build(ModelConfig, model), train=_build(TrainConfig, data.get("train", {})))
 
 
@@ -133,7 +135,9 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
     known = {item.name for item in fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"unknown configuration field {unknown[0]!r} in {cls.__name__}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown configuration field {unknown[0]!r} in {cls.__name__}; known: {', '.join(sorted(known))}"
+        )
     return cls(**values)
 
 
@@ -150,10 +154,10 @@ _SMALL_WIDTHS: dict[str, Any] = {
     "node_features": 16,
     "node_layers": 1,
     "node_headdim": 4,
-    "edge_features": 8,
+    "edge_features": 4,
     "edge_layers": 1,
     "edge_d_state": 4,
-    "edge_headdim": 2,
+    "edge_headdim": 1,
 }
 _SMALL_TRAINING: dict[str, Any] = {"window_s": 10.0, "learning_rate": 1e-3, "warmup_steps": 10}
 

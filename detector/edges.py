@@ -24,12 +24,12 @@ def pairwise_cosine(nodes_BTNF: Tensor) -> Tensor:
         (batch, pairs, time), in [-1, 1], float32; the pairs (0, 1), (0, 2), ... are the strict upper triangle by rows.
 
     Numerics:
-        Each vector is multiplied by ``rsqrt(sum x^2 + eps)``. With eps under the root neither the value nor the gradient
-        of a zero vector divides by zero; adding it to the norm instead would still differentiate sqrt at 0, which is
-        inf, and inf * 0 is NaN. A vector of norm 1 loses 5e-5 of its similarity. Computed in float32 under autocast,
-        because float16 squares overflow at 256.
+        Each vector is multiplied by ``rsqrt(sum x^2 + eps)``. With eps under the root neither the value nor the
+        gradient of a zero vector divides by zero; adding it to the norm instead would still differentiate sqrt at 0,
+        which is inf, and inf * 0 is NaN. Two vectors of norm 1 lose 1e-4 of their similarity. Computed in float32 under
+        autocast, because float16 squares overflow at 256.
     """
-    nodes = nodes_BTNF.float()
+    nodes = nodes_BTNF.to(torch.promote_types(nodes_BTNF.dtype, torch.float32))
     with torch.autocast(nodes.device.type, enabled=False):
         unit = nodes * torch.rsqrt(nodes.square().sum(-1, keepdim=True) + NORM_EPS)
         similarity = unit @ unit.mT
@@ -53,9 +53,7 @@ class EdgeStream(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.lift = nn.Linear(1, config.edge_features)
-        self.stack = BiMambaStack(
-            config.edge_features, config.edge_layers, config.edge_d_state, config.edge_headdim
-        )
+        self.stack = BiMambaStack(config.edge_features, config.edge_layers, config.edge_d_state, config.edge_headdim)
         self.to_weight = nn.Linear(config.edge_features, 1)
 
     def forward(self, similarity_BET: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The graph half of the detector: Laplacian, positional encoding and propagation, dense and for all time steps at once.
+"""The graph half of the detector: Laplacian, positional encoding and propagation, dense and all time steps at once.
 
-Shapes: B batch, T time steps, N nodes, F features, K eigenvectors. Graphs of 19 nodes are dense matrices here: a batched
-product is faster than a sparse one by message passing, and repeats bit for bit, which scatter does not.
+Shapes: B batch, T time steps, N nodes, F features, K eigenvectors. Graphs of 19 nodes are dense matrices here: a
+batched product is faster than a sparse one by message passing, and repeats bit for bit, which scatter does not.
 """
 
 import torch
@@ -24,7 +24,7 @@ def normalized_laplacian(adjacency: Tensor) -> Tensor:
         zero. ``0^-1/2`` would be inf, and hiding it afterwards leaves the gradient inf * 0 = NaN. A small constant
         instead, such as 1e-6, would multiply gradients by a million there.
     """
-    weights = adjacency.float()
+    weights = adjacency.to(torch.promote_types(adjacency.dtype, torch.float32))
     degree = weights.sum(-1)
     inverse_root = torch.where(degree > 0, degree, 1.0).rsqrt()
     scaled = inverse_root.unsqueeze(-1) * weights * inverse_root.unsqueeze(-2)

@@ -23,16 +23,18 @@ def focal_loss(logits_BT: Tensor, labels_BT: Tensor, *, alpha: float, gamma: flo
         ValueError: If the shapes differ, there is no element, alpha is outside 0 to 1 or gamma is negative.
 
     Numerics:
-        ``log(p)`` and ``log(1 - p)`` are ``logsigmoid``; ``(1 - p)^gamma`` is the exponential of a multiple of it, so no
-        probability is formed that could round to 0 or 1, and nothing is clamped. Each term is divided by their number
-        before the sum, which would overflow for logits near the largest float. Checked against float64 in
+        ``log(p)`` and ``log(1 - p)`` are ``logsigmoid``; ``(1 - p)^gamma`` is the exponential of a multiple of it, so
+        no probability is formed that could round to 0 or 1, and nothing is clamped. Each term is divided by their
+        number before the sum, which would overflow for logits near the largest float. Checked against float64 in
         tests/detector/test_losses.py.
 
     Source:
         Lin et al. 2017, arXiv:1708.02002, eq. 5.
     """
     if logits_BT.shape != labels_BT.shape or not logits_BT.numel():
-        raise ValueError(f"logits {tuple(logits_BT.shape)} and labels {tuple(labels_BT.shape)} must agree and hold data")
+        raise ValueError(
+            f"logits {tuple(logits_BT.shape)} and labels {tuple(labels_BT.shape)} must agree and hold data"
+        )
     if not 0 <= alpha <= 1 or gamma < 0:
         raise ValueError(f"alpha must be 0 to 1 and gamma >= 0, got alpha={alpha}, gamma={gamma}")
     logits = logits_BT.to(torch.promote_types(logits_BT.dtype, torch.float32))

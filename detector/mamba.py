@@ -5,7 +5,8 @@ Names of parameters and their initial values are those of ``mamba_ssm.modules.ma
 interchangeable.
 
 Source:
-    Dao and Gu 2024, arXiv:2405.21060 (the recurrence, its chunked form); Gu and Dao 2023, arXiv:2312.00752 (dt's start).
+    Dao and Gu 2024, arXiv:2405.21060 (the recurrence and its chunked form); Gu and Dao 2023, arXiv:2312.00752 (how dt
+    starts).
 """
 
 import math
@@ -19,7 +20,7 @@ from detector.mamba_cuda import fused_mixer, has_fused_kernel
 CHUNK = 8
 """Steps per chunk: the longest whose scaled decays leave float32 room for the values; see ``ssd_scan``."""
 
-MAX_TEMPORARY_BYTES = 32_000_000
+MAX_TEMPORARY_BYTES = 30_000_000
 """Largest intermediate tensor on the CPU; glibc hands anything over 32 MiB back to the kernel after every use."""
 
 
@@ -44,10 +45,10 @@ def ssd_scan(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_STN: 
         ``exp(c_i - c_j) = exp(c_i - m) exp(m - c_j)``, which needs no (Q, Q) matrix per head. The factors are large and
         small where their product is not, so each step's ``dt a`` is clamped at ``log(eps / 2)``: -16.6 in float32, a
         decay that is lost in rounding next to the step's own input. Then the factors stay below
-        ``exp((Q - 1) / 2 * 16.6)``, 2e25 at Q = 8, and the values may reach 1e13 before anything overflows; Q = 12 would
-        already overflow by itself. The clamp therefore sits before ``exp``: applied after it, inf * 0 would be NaN.
+        ``exp((Q - 1) / 2 * 16.6)``, 2e25 at Q = 8, and the values may reach 1e13 before anything overflows; Q = 12
+        would already overflow by itself. The clamp sits before ``exp``: applied after it, inf * 0 would be NaN.
         Products with later steps, which may overflow, are cut away by ``tril``, which selects and does not multiply.
-        Relative error below 3e-6 in float32 for ``dt a`` down to -250 (tests/detector/test_mamba.py).
+        Error in float32 below 1e-5 of the largest output for ``dt a`` down to -250 (tests/detector/test_mamba.py).
     """
     dtype = torch.promote_types(x_STHP.dtype, torch.float32)
     x, dt, a, b, c, d = (tensor.to(dtype) for tensor in (x_STHP, dt_STH, a_H, b_STN, c_STN, d_H))
@@ -78,25 +79,27 @@ def _scan_chunks(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_S
     b = b_STN.reshape(num_sequences * num_chunks, CHUNK, num_states)
     c = c_STN.reshape(num_sequences * num_chunks, CHUNK, num_states)
 
-    added = torch.bmm(b.mT, scaled).view(num_sequences, num_chunks, num_states, num_heads * head_dim)
-    # From the middle of one chunk to the middle of the next: <= 0, both summands are.
-    step = (last[:, :-1] - middle[:, :-1] + middle[:, 1:]).exp()
-    carried = _carry(added, step.repeat_interleave(head_dim, dim=-1)).flatten(0, 1)
+    # Back to unscaled before the carry: its gradients multiply states by the gradients of states, and the product of two
+    # scaled ones would overflow.
+    to_end = (last - middle).exp().repeat_interleave(head_dim, dim=-1).unsqueeze(2)
+    to_middle = middle.exp().repeat_interleave(head_dim, dim=-1).unsqueeze(2)
+    added = torch.bmm(b.mT, scaled).view(num_sequences, num_chunks, num_states, num_heads * head_dim) * to_end
+    carried = (_carry(added, last.exp().repeat_interleave(head_dim, dim=-1)) * to_middle).flatten(0, 1)
     y = torch.baddbmm(torch.bmm(c, carried), torch.bmm(c, b.mT).tril(), scaled)
     y = y.view(num_sequences, num_chunks, CHUNK, num_heads, head_dim)
     y = y * (log_decay - middle.unsqueeze(2)).exp().unsqueeze(-1)
     return y.reshape(num_sequences, length, num_heads * head_dim)
 
 
-def _carry(added_SKNC: Tensor, step_SKC: Tensor) -> Tensor:
-    """State at the middle of each chunk due to earlier chunks: ``g_0 = 0``, ``g_{k+1} = step_k (g_k + added_k)``."""
+def _carry(added_SKNC: Tensor, decay_SKC: Tensor) -> Tensor:
+    """State before each chunk: ``h_0 = 0``, ``h_{k+1} = decay_k h_k + added_k``."""
     num_states = added_SKNC.shape[2]
     # Flat and expanded beforehand: the loop is short operations on contiguous memory, forward and backward.
     additions = added_SKNC.flatten(2).unbind(1)
-    steps = step_SKC.repeat(1, 1, num_states).unbind(1)
+    decays = decay_SKC.repeat(1, 1, num_states).unbind(1)
     states = [torch.zeros_like(additions[0])]
-    for addition, step in zip(additions, steps, strict=False):
-        states.append((states[-1] + addition) * step)
+    for addition, decay in zip(additions[:-1], decays[:-1], strict=True):
+        states.append(torch.addcmul(addition, states[-1], decay))
     return torch.stack(states, dim=1).view_as(added_SKNC)
 
 
@@ -134,7 +137,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def inverse_rms(self, gated: Tensor) -> Tensor:
-        """``1 / sqrt(mean square + eps)`` over the last axis, kept as 1; eps bounds a zero row's gradient gain at 316."""
+        """``1 / sqrt(mean square + eps)`` over the last axis; eps bounds the gradient gain of a zero row at 316."""
         mean_square = torch.linalg.vecdot(gated, gated) / gated.shape[-1]
         return torch.rsqrt(mean_square + self.eps).unsqueeze(-1)
 
@@ -171,6 +174,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"headdim {headdim} does not divide the inner width {self.d_inner}")
         self.nheads = self.d_inner // headdim
         conv_width = self.d_inner + 2 * d_state
+        self.widest = max(conv_width, self.d_inner + self.nheads, 2 * d_model)
         self.in_proj = nn.Linear(d_model, self.d_inner + conv_width + self.nheads, bias=False)
         self.conv1d = nn.Conv1d(conv_width, conv_width, d_conv, groups=conv_width)
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(0.1)))
@@ -187,7 +191,7 @@ class Mamba2(nn.Module):
         if u_STD.is_cuda and has_fused_kernel():
             return fused_mixer(self, self.in_proj(u_STD))
         gate, dt, mixed = self._project(u_STD)
-        # Apart, so that x is contiguous: a strided x makes the scan's broadcast products three times slower.
+        # Apart, so that x is contiguous: a strided x nearly triples the time of a broadcast product.
         x, bc = (F.silu(part) for part in mixed.split([self.d_inner, 2 * self.d_state], dim=-1))
         b, c = bc.chunk(2, dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
@@ -201,8 +205,9 @@ class Mamba2(nn.Module):
     def _project(self, u_STD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate (S, T, d_inner), raw step (S, T, H) and convolved x, B, C (S, T, d_inner + 2 N).
 
-        ``conv1d`` follows ``in_proj`` with nothing in between, so the two are one dense convolution, whose weight is their
-        product. It runs at twice the speed of a narrow matrix product and a depthwise convolution, mainly backward.
+        ``conv1d`` follows ``in_proj`` with nothing in between, so the two are one dense convolution, whose weight is
+        their product. At the edge stream's widths it takes half the time of a narrow matrix product and a depthwise
+        convolution, at the node stream's the same.
         """
         to_gate, to_conv, to_dt = self.in_proj.weight.split([self.d_inner, len(self.conv1d.weight), self.nheads])
         gate, dt = _conv_over_time(u_STD, torch.cat([to_gate, to_dt]).unsqueeze(-1)).split(
@@ -248,13 +253,15 @@ class BiMamba2(nn.Module):
 class BiMambaStack(nn.Module):
     """``num_layers`` bidirectional layers over sequences that do not see each other.
 
-    On the CPU the sequences go through in blocks, so that no intermediate tensor exceeds MAX_TEMPORARY_BYTES. A block is
-    as wide as one direction of one layer allows; batching the two directions would only halve the blocks.
+    On the CPU the sequences go through in blocks, so that no intermediate tensor exceeds MAX_TEMPORARY_BYTES. A block
+    is as large as one direction of one layer allows; batching the two directions would only halve the blocks.
     """
 
     def __init__(self, d_model: int, num_layers: int, d_state: int, headdim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(BiMamba2(d_model, d_state, headdim) for _ in range(num_layers))
+        layers = [BiMamba2(d_model, d_state, headdim) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.widest = max((layer.forward_mixer.widest for layer in layers), default=d_model)
 
     def forward(self, x_STD: Tensor) -> Tensor:
         """(S, T, D) to (S, T, D); sequences are independent."""
@@ -269,8 +276,7 @@ class BiMambaStack(nn.Module):
 
     def _block_size(self, x_STD: Tensor) -> int:
         """Sequences per block, evenly spread."""
-        if x_STD.is_cuda or not self.layers:
+        if x_STD.is_cuda or not len(x_STD):
             return len(x_STD)
-        widest = max(len(layer.forward_mixer.conv1d.weight) for layer in self.layers)
-        limit = max(1, MAX_TEMPORARY_BYTES // (x_STD.shape[1] * widest * x_STD.element_size()))
+        limit = max(1, MAX_TEMPORARY_BYTES // (x_STD.shape[1] * self.widest * x_STD.element_size()))
         return math.ceil(len(x_STD) / math.ceil(len(x_STD) / limit))

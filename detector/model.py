@@ -12,9 +12,9 @@ from detector.tcn import TcnEncoder, UpsamplingDecoder
 class SeizureDetector(nn.Module):
     """Dual-stream detector: electrodes and their pairings evolve side by side, a graph network joins them.
 
-    The encoder's features become ``num_channels`` nodes. The node stream follows each node through time, the edge stream
-    follows the similarity of each pair of nodes (taken before the node stream) and yields a graph per time step, whose
-    Laplacian eigenvectors tell the graph network where in the graph a node sits. "Nodes" are learned: the first
+    The encoder's features become ``num_channels`` nodes. The node stream follows each node through time, the edge
+    stream follows the similarity of each pair of nodes (taken before the node stream) and yields a graph per time step,
+    whose Laplacian eigenvectors tell the graph network where in the graph a node sits. "Nodes" are learned: the first
     convolution mixes all electrodes.
 
     Nothing here replaces or clips a non-finite value, the input included: it is the debugger's to see.
@@ -24,13 +24,13 @@ class SeizureDetector(nn.Module):
           a tenth of the work for the same span of time.
         * The edge stream's heads are 4 wide, not 8: its input projection is then 88 wide, a multiple of 8, as the fused
           kernel requires.
-        * The streams norm before their mixers, not after, and the lift to edge features has a bias, see ``BiMamba2`` and
-          ``EdgeStream``.
+        * The streams norm before their mixers, not after, and the lift to edge features has a bias, see ``BiMamba2``
+          and ``EdgeStream``.
         * No clamp on features, decoder output or logits. The loss is finite for every finite logit without.
         * ``pe_gradient`` is a choice; the original differentiates through the eigendecomposition.
         * The decoder's stages have ReLU between them; without, four stages would amount to one linear map.
 
-    Initial values: those of torch for the 1x1 projections and the head's weight, with zero bias; the parts state theirs.
+    Initial values: those of torch for the 1x1 projections and the head, but with zero bias; the parts state theirs.
 
     Args:
         config: Sizes and settings.
@@ -77,7 +77,7 @@ class SeizureDetector(nn.Module):
         return self.head(decoded_BCL).squeeze(1)
 
     def adjacency(self, nodes_BTNF: Tensor) -> Tensor:
-        """The graph of every time step, (batch, time, nodes, nodes), from node features (batch, time, nodes, features)."""
+        """The graph of every time step, (batch, time, nodes, nodes), from (batch, time, nodes, features)."""
         weights_BET = self.edge_stream(pairwise_cosine(nodes_BTNF))
         return assemble_adjacency(
             weights_BET,

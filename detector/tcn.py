@@ -1,6 +1,7 @@
 """The convolutional ends of the detector: an encoder down to the rate of the streams, and a decoder back."""
 
 import math
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class TcnEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, windows_BCL: Tensor) -> Tensor:
-        """(batch, num_channels, samples) to (batch, tcn_channels[-1], samples / stride); samples divide by the stride."""
+        """(batch, num_channels, samples) to (batch, tcn_channels[-1], samples / stride)."""
         return self.layers(windows_BCL)
 
 
@@ -69,7 +70,7 @@ class UpsamplingDecoder(nn.Module):
         super().__init__()
         widths = [*reversed(config.tcn_channels), config.num_channels]
         layers: list[nn.Module] = []
-        for width, channels in zip(widths, widths[1:], strict=False):
+        for width, channels in pairwise(widths):
             conv = nn.ConvTranspose1d(width, channels, UPSAMPLING_KERNEL, stride=2, padding=1)
             nn.init.normal_(conv.weight, std=math.sqrt(2 / (width * UPSAMPLING_KERNEL / 2)))
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # as above

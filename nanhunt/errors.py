@@ -49,3 +49,9 @@ class NonFiniteStep(NanhuntError):
         self.step = step
         self.capture = capture
         self.module_message = module_message
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

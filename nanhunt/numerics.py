@@ -31,18 +31,20 @@ LIMITS: dict[str, FloatLimits] = {
 
 
 def ulp(value: float, dtype: str) -> float:
-    """Spacing of the numbers of ``dtype`` at ``value``.
+    """Spacing of the numbers of ``dtype`` at ``value``, away from zero; NaN beyond its range.
 
     Raises:
         KeyError: If ``dtype`` is not in ``LIMITS``.
     """
     limits = LIMITS[dtype]
+    if not abs(value) <= limits.max:
+        return math.nan
     if abs(value) < limits.tiny:
         return limits.smallest_subnormal
     exponent = math.frexp(abs(value))[1] - 1
     return limits.eps * 2.0**exponent
 
 
-def count(number: int, noun: str) -> str:
-    """``1 gradient``, ``61,440 logits``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def count(number: int, noun: str, plural: str = "") -> str:
+    """``1 gradient``, ``61,440 logits``, ``2 matrices``."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanhunt.errors import NanhuntError, TargetError
+from nanhunt.errors import NanhuntError, TargetError, first_line
 
 GROUP = "nanhunt.targets"
 
@@ -61,14 +61,23 @@ class Target:
         except NanhuntError:
             raise
         except Exception as error:
-            raise TargetError(f"target {self.name} cannot be built: {type(error).__name__}: {error}") from error
+            raise self._failed("cannot be built", error) from error
         if not isinstance(model, nn.Module):
             raise TargetError(f"target {self.name} built a {type(model).__name__}, not a torch.nn.Module")
         return model
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of the model."""
-        return self.source.optimizer(model)
+        """The optimizer of the model.
+
+        Raises:
+            TargetError: If it cannot be made.
+        """
+        try:
+            return self.source.optimizer(model)
+        except NanhuntError:
+            raise
+        except Exception as error:
+            raise self._failed("gives no optimizer", error) from error
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch; named terms are added."""
@@ -76,9 +85,16 @@ class Target:
         return sum(value.values(), torch.zeros(())) if isinstance(value, Mapping) else value
 
     def control_batch(self, seed: int) -> Any | None:
-        """A batch that has nothing to do with the failing run, or None if the target makes none."""
+        """A batch that has nothing to do with the failing run, or None if the target makes none.
+
+        Raises:
+            TargetError: If making one fails.
+        """
         make = getattr(self.source, "control_batch", None)
-        return make(seed) if make is not None else None
+        try:
+            return make(seed) if make is not None else None
+        except Exception as error:
+            raise self._failed("gives no control batch", error) from error
 
     def variants(self) -> dict[str, "Target"]:
         """Alternatives of the model that take the same weights, by what they change."""
@@ -91,8 +107,11 @@ class Target:
             return self
         try:
             return Target(self.name, self.source.configure(config))
-        except (TypeError, ValueError, KeyError) as error:
-            raise TargetError(f"target {self.name} does not take the capture's configuration: {error}") from error
+        except Exception as error:
+            raise self._failed("does not take the capture's configuration", error) from error
+
+    def _failed(self, what: str, error: Exception) -> TargetError:
+        return TargetError(f"target {self.name} {what}: {type(error).__name__}: {first_line(error)}")
 
 
 def find_target(spec: str | None, recorded: Mapping[str, Any] | None = None) -> Target:
@@ -109,17 +128,17 @@ def find_target(spec: str | None, recorded: Mapping[str, Any] | None = None) -> 
         TargetError: If nothing fits.
     """
     installed = {point.name: point for point in entry_points(group=GROUP)}
-    config = (recorded or {}).get("config")
+    recorded = recorded or {}
+    name, config = recorded.get("name"), recorded.get("config")
     if spec is not None:
         if spec in installed:
-            return _load(installed[spec]).configured(config if _same_family(spec, recorded) else None)
+            return _load(installed[spec]).configured(config if name == spec else None)
         if ":" in spec:
             return Target(spec, _import(spec))
         raise TargetError(f"no target {spec!r}", help=f"give module:attribute or one of: {_names(installed)}")
-    name = (recorded or {}).get("name")
-    if name is not None and name in installed:
+    if isinstance(name, str) and name in installed:
         return _load(installed[name]).configured(config)
-    if name is not None and name != "":
+    if name:
         raise TargetError(
             f"the capture was made with the target {name!r}, which is not installed", help="give --target"
         )
@@ -131,11 +150,6 @@ def find_target(spec: str | None, recorded: Mapping[str, Any] | None = None) -> 
     )
 
 
-def _same_family(spec: str, recorded: Mapping[str, Any] | None) -> bool:
-    """Whether the captured configuration is meant for this very target."""
-    return recorded is not None and recorded.get("name") == spec
-
-
 def _names(installed: Mapping[str, EntryPoint]) -> str:
     return ", ".join(sorted(installed)) or "none installed"
 
@@ -143,17 +157,24 @@ def _names(installed: Mapping[str, EntryPoint]) -> str:
 def _load(point: EntryPoint) -> Target:
     try:
         return Target(point.name, point.load())
-    except (ImportError, AttributeError) as error:
-        raise TargetError(f"target {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+    except Exception as error:
+        raise TargetError(
+            f"target {point.name!r} ({point.value}) cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _import(spec: str) -> Any:
     module_name, _, path = spec.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise TargetError(
-            f"target {spec!r}: cannot import {module_name}: {error}", help="is its folder on PYTHONPATH?"
+            f"target {spec!r}: cannot import {module_name}: {first_line(error)}", help="is its folder on PYTHONPATH?"
+        ) from error
+    # The user's own module runs here and may fail in any way; a script without a main guard exits.
+    except (Exception, SystemExit) as error:
+        raise TargetError(
+            f"target {spec!r}: importing {module_name} failed: {type(error).__name__}: {first_line(error)}"
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):

@@ -3,6 +3,7 @@
 NOTE on the layout. ``torch.save`` of one dictionary:
 
 - ``nanhunt_capture``: format version, an integer.
+- ``checksum``: of ``meta`` and of everything in ``payload`` but the tensors' values.
 - ``meta``: JSON: step, environment, target, what was seen, and a checksum for each tensor by its path.
 - ``payload``: nested dicts, lists and tensors: ``batches`` and ``control`` (what the loop handed over), ``calls`` (the
   model's own inputs and the gradients of its outputs), ``model`` (parameters and buffers), ``optimizer`` (its state
@@ -13,25 +14,36 @@ Nothing in it is code: it always loads with ``weights_only=True``, and a file th
 The legacy form is a dictionary of ``windows``, ``labels`` and ``global_step``: a batch only.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
-import tempfile
+import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanhunt.errors import CaptureError
+from nanhunt.errors import CaptureError, first_line
 
 FORMAT_VERSION = 1
 
-_PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_COPY_AGAIN = "copy it again from where it was written"
+_AS_IS = (bool, type(None), torch.dtype, torch.device)
+
+# A subclass (an enum, a NumPy scalar) would be stored as a reference to its class, which is code.
+_EXACT: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+    (bytes, bytes.__bytes__),
+)
 
 
 @dataclass(frozen=True)
@@ -70,23 +82,62 @@ def plain(value: Any, path: str = "") -> Any:
     """The same structure in dicts, lists and CPU tensors that are free of code and of shared, larger memory.
 
     Raises:
-        CaptureError: If a leaf is neither a tensor nor plain data.
+        CaptureError: If a leaf or a key is neither a tensor nor plain data, or a tensor has no values to copy.
     """
     if isinstance(value, Tensor):
-        return (
-            value.detach().to("cpu", copy=True).contiguous() if value.layout is torch.strided else value.detach().cpu()
-        )
+        return _plain_tensor(value, path)
     if isinstance(value, Mapping):
-        return {key: plain(item, f"{path}.{key}") for key, item in value.items()}
+        return {_plain_key(key, path): plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, tuple):
         return tuple(plain(item, f"{path}.{position}") for position, item in enumerate(value))
     if isinstance(value, list | set | frozenset):
         return [plain(item, f"{path}.{position}") for position, item in enumerate(value)]
-    if isinstance(value, _PLAIN):
+    if hasattr(value, "__array__") and not isinstance(value, np.generic):
+        return _plain_array(value, path)
+    return _plain_leaf(value, path)
+
+
+def _plain_tensor(value: Tensor, path: str) -> Tensor:
+    try:
+        source = value.detach()
+        whole = (source if type(source) is Tensor else source.as_subclass(Tensor)).to("cpu", copy=True)
+        if whole.layout is torch.strided:
+            whole = whole.resolve_conj().resolve_neg().contiguous()
+    except (RuntimeError, TypeError) as error:
+        raise _cannot_store(value, path, error) from error
+    if type(whole) is not Tensor:
+        raise _cannot_store(value, path)
+    return whole
+
+
+def _plain_array(value: Any, path: str) -> Tensor:
+    try:
+        array = np.array(value, order="C")
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _cannot_store(value, path, error) from error
+
+
+def _plain_key(key: Any, path: str) -> Any:
+    if isinstance(key, tuple):
+        return tuple(_plain_key(item, path) for item in key)
+    return _plain_leaf(key, f"{path}.{key}")
+
+
+def _plain_leaf(value: Any, path: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, _AS_IS):
         return value
-    if hasattr(value, "__array__"):
-        return torch.as_tensor(value).clone()
-    raise CaptureError(f"cannot store a {type(value).__name__} at {path.lstrip('.') or 'the top'}")
+    for kind, exact in _EXACT:
+        if isinstance(value, kind):
+            return exact(value)
+    raise _cannot_store(value, path)
+
+
+def _cannot_store(value: Any, path: str, error: Exception | None = None) -> CaptureError:
+    reason = f": {first_line(error)}" if error is not None else ""
+    return CaptureError(f"cannot store a {type(value).__name__} at {path.lstrip('.') or 'the top'}{reason}")
 
 
 def tensor_paths(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -106,8 +157,35 @@ def checksum(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided:
         return ""
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:
+        # A single element counts as contiguous whatever its stride; `view` wants 1.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _checksums(payload: Any) -> dict[str, str]:
+    """The checksum of each tensor by its path; those of paths that read alike are joined."""
+    found: dict[str, str] = {}
+    for path, tensor in tensor_paths(payload):
+        found[path] = found.get(path, "") + checksum(tensor)
+    return found
+
+
+def _description_checksum(meta: str, payload: Any) -> str:
+    """BLAKE2b-128 of the JSON text and of the payload without the tensors' values."""
+    return hashlib.blake2b(f"{meta}\n{_outline(payload)}".encode(), digest_size=16).hexdigest()
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "tensor"
+    if isinstance(value, Mapping):
+        return f"dict({', '.join(f'{key!r}: {_outline(item)}' for key, item in value.items())})"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}({', '.join(_outline(item) for item in value)})"
+    return repr(value)
 
 
 def write_capture(capture: Capture, folder: Path) -> Path:
@@ -119,28 +197,45 @@ def write_capture(capture: Capture, folder: Path) -> Path:
     Raises:
         CaptureError: If the folder cannot be made or written, or the disk is full.
     """
-    meta = dict(capture.meta)
-    meta["checksums"] = {path: checksum(tensor) for path, tensor in tensor_paths(capture.payload)}
-    content = {"nanhunt_capture": FORMAT_VERSION, "meta": json.dumps(meta), "payload": capture.payload}
-    temporary = ""
+    try:
+        meta = json.dumps({**capture.meta, "checksums": _checksums(capture.payload)})
+    except (TypeError, ValueError) as error:
+        raise CaptureError(f"cannot store the description of the step: {first_line(error)}") from error
+    content = {
+        "nanhunt_capture": FORMAT_VERSION,
+        "meta": meta,
+        "checksum": _description_checksum(meta, capture.payload),
+        "payload": capture.payload,
+    }
+    # Opened by hand: a file of `tempfile` can be read by its owner alone, whatever the umask says.
+    temporary = folder / f".nanhunt-{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".nanhunt-", suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with temporary.open("xb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         return _publish(temporary, folder / f"bad_batch_{capture.step:06d}.pt")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
         raise CaptureError(
-            f"cannot write the capture to {folder}: {error}", help="check free space and rights"
+            f"cannot write the capture to {folder}: {_reason(error)}", help="check free space and rights"
         ) from error
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: str, wanted: Path) -> Path:
+def _reason(error: BaseException) -> str:
+    """What the system said, where it said something; torch reports a full disk as a position it did not expect."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
+
+
+def _publish(temporary: Path, wanted: Path) -> Path:
     """Gives the finished file its name; a hard link fails where the name is taken, so nothing is ever overwritten."""
     for attempt in range(10_000):
         path = wanted if attempt == 0 else wanted.with_stem(f"{wanted.stem}-{attempt}")
@@ -149,24 +244,35 @@ def _publish(temporary: str, wanted: Path) -> Path:
         except FileExistsError:
             continue
         except OSError:
-            # A file system without hard links: create the name exclusively, then replace it.
-            try:
-                path.open("xb").close()
-            except FileExistsError:
+            if not _rename(temporary, path):
                 continue
-            Path(temporary).replace(path)
         _flush_folder(path.parent)
         return path
     raise CaptureError(f"10,000 captures of this step are in {wanted.parent} already", help="clear the folder")
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes the new name survive a power cut, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _rename(temporary: Path, path: Path) -> bool:
+    """For a file system without hard links: takes the name exclusively, then replaces it; False where it is taken."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    try:
+        temporary.replace(path)
+    except OSError:
+        path.unlink()
+        raise
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the new name survive a power cut, where the system can; the file itself is on the disk already."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_capture(path: str | Path) -> Capture:
@@ -195,10 +301,7 @@ def load_archive(path: Path) -> Any:
     Raises:
         CaptureError: If the file is missing, damaged, compressed, or needs unpickling of more than plain data.
     """
-    if not path.exists():
-        raise CaptureError(f"no such file: {path}")
-    if path.is_dir():
-        raise CaptureError(f"{path} is a folder", help="name one of the files in it")
+    _check_file(path)
     _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -207,48 +310,87 @@ def load_archive(path: Path) -> Any:
             f"{path} holds code or objects, not only tensors and plain data; refused without running it",
             help="a capture is written by nanhunt.watch; a checkpoint must load with weights_only=True",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise CaptureError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    # These are a stranger's bytes: whatever they make the parser raise means the same.
+    except Exception as error:
+        raise CaptureError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what is no file with something in it."""
+    try:
+        if not path.exists():
+            raise CaptureError(f"no such file: {path}")
+        if path.is_dir():
+            raise CaptureError(f"{path} is a folder", help="name one of the files in it")
+        if not path.is_file():
+            raise CaptureError(f"{path} is no regular file", help="save what comes from a pipe to a file first")
+        if path.stat().st_size == 0:
+            raise CaptureError(f"{path} is empty", help=_COPY_AGAIN)
+    except OSError as error:
+        raise CaptureError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
 
 
 def _check_archive(path: Path) -> None:
     """Refuses what is not a whole, uncompressed zip archive, before anything in it is interpreted."""
     try:
+        with path.open("rb") as file:
+            start = file.read(2)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
-        whole = "an archive written by torch.save"
-        start = path.open("rb").read(2)
-        what = f"truncated or damaged: it begins like {whole} but has no end" if start == b"PK" else f"not {whole}"
-        raise CaptureError(f"{path} is {what}", help="copy it again from where it was written") from error
     except OSError as error:
-        raise CaptureError(f"cannot read {path}: {error.strerror}") from error
+        raise CaptureError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        whole = "an archive written by torch.save"
+        what = f"truncated or damaged: it begins like {whole} but has no end" if start == b"PK" else f"not {whole}"
+        raise CaptureError(f"{path} is {what}", help=_COPY_AGAIN) from error
     # torch.save never compresses; a compressed entry could unfold to any size.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CaptureError(f"{path} is not written by torch.save: it has compressed entries")
+    # torch.load leaves the memory of an entry that is marked as a folder (0x10) as it finds it.
+    if any(entry.external_attr & 0x10 for entry in entries):
+        raise CaptureError(f"{path} is damaged: an entry is marked as a folder", help=_COPY_AGAIN)
 
 
 def _read_current(path: Path, content: dict[str, Any]) -> Capture:
     version = content["nanhunt_capture"]
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise CaptureError(
             f"{path} has capture format {version}; this nanhunt reads up to {FORMAT_VERSION}", help="update nanhunt"
         )
+    unreadable = CaptureError(f"{path} is damaged: its description cannot be read", help=_COPY_AGAIN)
     try:
         meta, payload = json.loads(content["meta"]), content["payload"]
-        checksums, _ = meta.pop("checksums"), meta["step"]
-        tensors = dict(tensor_paths(payload))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CaptureError(f"{path} is damaged: its description cannot be read") from error
-    damaged = [name for name, tensor in tensors.items() if checksums.get(name) != checksum(tensor)]
-    missing = sorted(set(checksums) - set(tensors))
-    if damaged or missing:
-        raise CaptureError(f"{path} is damaged: the checksum of {(damaged + missing)[0]} does not match its values")
+        is_whole = content.get("checksum") in (None, _description_checksum(content["meta"], payload))
+        checksums = meta.pop("checksums")
+        found = _checksums(payload)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise unreadable from error
+    if type(version) is not int or not is_whole or not _is_well_formed(meta, payload, checksums):
+        raise unreadable
+    differing = [name for name in [*found, *checksums] if checksums.get(name) != found.get(name)]
+    if differing:
+        raise CaptureError(
+            f"{path} is damaged: the checksum of {differing[0]} does not match its values", help=_COPY_AGAIN
+        )
     return Capture(meta, payload, path)
 
 
+def _is_well_formed(meta: Any, payload: Any, checksums: Any) -> bool:
+    """Whether what every reader of a capture relies on is there."""
+    if not isinstance(meta, dict) or not isinstance(payload, dict) or not isinstance(checksums, dict):
+        return False
+    if type(meta.get("step")) is not int or not isinstance(meta.get("target"), dict | None):
+        return False
+    if not all(isinstance(payload.get(key, []), list) for key in ("batches", "control", "calls")):
+        return False
+    model = payload.get("model", {})
+    return isinstance(model, dict) and all(isinstance(value, Tensor) for value in model.values())
+
+
 def _read_legacy(path: Path, content: dict[str, Any]) -> Capture:
-    step = content.get("global_step", 0)
-    meta = {"step": int(step) if isinstance(step, int | float | Tensor) else 0}
+    step = 0
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        step = int(content.get("global_step", 0))
+    meta = {"step": step}
     batch = {"windows": content["windows"], "labels": content["labels"]}
     return Capture(meta, {"batches": [batch]}, path, is_legacy=True)

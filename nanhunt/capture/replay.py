@@ -4,7 +4,8 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,25 @@ class Replayer:
     """
 
     def __init__(self, capture: Capture, target: Target, checkpoint: dict[str, Tensor] | None = None) -> None:
-        self.capture = capture
+        self.capture = _boundary(capture) if not target.has_loss else capture
         self.target = target
         self.num_steps = 0
         self._weights = checkpoint if checkpoint is not None else capture.payload.get("model")
         self._is_checkpoint = checkpoint is not None
         if self._weights is not None:
-            self._load(target.build(0), self._weights)
-        if not capture.batches and not capture.payload.get("calls"):
+            with _settings({}):
+                self._load(target.build(0), self._weights)
+        if not self.capture.batches and not capture.payload.get("calls"):
             raise TargetError("the capture holds neither a batch nor the model's inputs", help="capture the step again")
-        if capture.batches and not target.has_loss:
+        if self.capture.batches and not target.has_loss:
             raise TargetError(f"target {target.name} has no loss(model, batch), which this capture needs")
+
+    @property
+    def weights_name(self) -> Literal["captured", "checkpoint"] | None:
+        """Where the weights come from; None if only fresh ones can be had."""
+        if self._weights is None:
+            return None
+        return "checkpoint" if self._is_checkpoint else "captured"
 
     @property
     def has_weights(self) -> bool:
@@ -68,6 +77,8 @@ class Replayer:
             tracer: Records the step exactly.
             look_ahead: Also run the next forward pass, with the weights the step left.
         """
+        if batches is not None and not self.target.has_loss:
+            raise TargetError(f"target {self.target.name} has no loss(model, batch) to run another batch with")
         self.num_steps += 1
         started = time.perf_counter()
         with _settings(self.capture.meta.get("environment", {})):
@@ -94,22 +105,35 @@ class Replayer:
             return Determinism("unknown", "the file holds a batch only, nothing to compare with")
         if self._is_checkpoint:
             return Determinism("unknown", "the weights come from the checkpoint, not from the captured step")
+        if observed.get("crash"):
+            return _same_error(step.outcome.error, observed["crash"])
+        if self.capture.batches:
+            differs = self._differing_loss(step.outcome.loss, observed)
+            if differs:
+                return differs
+        return self._compared_gradients(step, observed["gradient_checksums"])
+
+    def _differing_loss(self, loss: float, observed: dict[str, Any]) -> Determinism | None:
         recorded = (
             float.fromhex(observed["loss"])
             if observed["loss"] not in ("nan", "inf", "-inf")
             else float(observed["loss"])
         )
-        loss = step.outcome.loss
-        if not (loss == recorded or (math.isnan(loss) and math.isnan(recorded))):
-            return Determinism("differs", f"loss {loss:.9g}, captured {recorded:.9g}{self._environment_hint()}")
-        checksums = observed["gradient_checksums"]
+        if loss == recorded or (math.isnan(loss) and math.isnan(recorded)):
+            return None
+        return Determinism("differs", f"loss {loss:.9g}, captured {recorded:.9g}{self._environment_hint()}")
+
+    def _compared_gradients(self, step: ReplayedStep, checksums: dict[str, str]) -> Determinism:
+        """The loss is equal, or is not in the capture: that of a model without a target was computed elsewhere."""
+        loss = "loss" if self.capture.batches else ""
         if not checksums:
-            return Determinism("bit-identical", "loss")
+            return Determinism("bit-identical", loss) if loss else Determinism("unknown", "no gradient was captured")
         differing = [name for name, value in checksums.items() if step.gradient_checksums.get(name) != value]
         if differing:
             share = f"{len(differing)} of {len(checksums)} gradients, first {differing[0]}"
-            return Determinism("differs", f"loss equal, {share}{self._environment_hint()}")
-        return Determinism("bit-identical", f"loss and {len(checksums)} of {len(checksums)} gradients")
+            return Determinism("differs", f"{'loss equal, ' if loss else ''}{share}{self._environment_hint()}")
+        of_all = f"{len(checksums)} of {len(checksums)} gradients"
+        return Determinism("bit-identical", f"loss and {of_all}" if loss else of_all)
 
     def _environment_hint(self) -> str:
         captured = self.capture.meta.get("environment", {})
@@ -171,6 +195,20 @@ class Replayer:
         tracer.declare("buffer", list(model.named_buffers()))
         if optimizer is not None:
             tracer.declare("optimizer state", list(optimizer_tensors(model, optimizer)))
+
+
+def _boundary(capture: Capture) -> Capture:
+    """What can be replayed without a loss: the model's own inputs and output gradients, where they are inside."""
+    if not capture.payload.get("calls"):
+        return capture
+    return replace(capture, payload={**capture.payload, "batches": [], "control": []})
+
+
+def _same_error(error: str, captured: str) -> Determinism:
+    """A step that ended in an error left no loss and no gradients to compare."""
+    if error.endswith(captured):
+        return Determinism("unknown", "the step ended in the same error as the captured one")
+    return Determinism("differs", f"{error or 'no error'}, captured {captured}")
 
 
 @contextlib.contextmanager

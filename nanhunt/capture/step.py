@@ -94,7 +94,7 @@ class StepRun:
         around = self.change.around() if self.change.around is not None else contextlib.nullcontext()
         try:
             with self.tracer:
-                with around, self._autocast():
+                with around:
                     result["loss"] = 0.0
                     for loss, seed_gradients in self._losses(batches):
                         phase = "backward"
@@ -106,6 +106,8 @@ class StepRun:
                 phase = "step"
                 result |= self._step(checksums)
         except Exception as error:
+            if phase == "forward":
+                result["loss"] = math.nan
             result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".strip()
             result["failed_phase"] = phase
             result["refused_values"] = isinstance(error, torch.linalg.LinAlgError)
@@ -121,15 +123,20 @@ class StepRun:
         """The loss of each micro-step, or the model's outputs with the gradients that were recorded for them."""
         if batches:
             for batch in batches:
-                loss = self._loss(batch)
+                with self._autocast():
+                    loss = self._loss(batch)
                 self.tracer.reached("loss", [("loss", loss.detach())])
                 yield loss, None
             return
         for call in self.capture.payload["calls"]:
-            output = self.model(*call["args"], **call["kwargs"])
+            with self._autocast():
+                output = self.model(*call["args"], **call["kwargs"])
             outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.tracer.reached("output", [(f"output {n}", leaf.detach()) for n, leaf in enumerate(outputs)])
             pairs = [(outputs[int(n)], gradient) for n, gradient in call["output_grads"].items()]
+            for number, gradient in call["output_grads"].items():
+                # What the loss made of the outputs is not in the capture: only its gradients are.
+                self.tracer.declare_result(f"gradient of output {number}", gradient, outputs)
             yield [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
 
     def _loss(self, batch: Any) -> Tensor:
@@ -229,6 +236,9 @@ class _NoTracer(contextlib.nullcontext[None]):
         return contextlib.nullcontext()
 
     def reached(self, kind: str, named: Any) -> None:
+        return None
+
+    def declare_result(self, name: str, tensor: Tensor, causes: Any) -> None:
         return None
 
 

@@ -7,8 +7,8 @@ NOTE on what it costs and what it keeps.
    itself never gets there and is no fault.
 3. The weights still are the captured ones then: nothing has to be copied beforehand but buffers (a forward pass may
    move them) and the states of the random generators.
-4. Batches and model inputs are kept by reference since the last step; their version counters tell whether the loop has
-   written into them since.
+4. Batches and model inputs are kept by reference since the last step (``kept.py``); their version counters tell whether
+   the loop has written into them since.
 """
 
 import contextlib
@@ -19,27 +19,24 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from nanhunt.capture.format import Capture, checksum, plain, write_capture
+from nanhunt.capture.kept import KeptStep, ModelCall
 from nanhunt.capture.rng import rng_state
-from nanhunt.errors import CaptureError, NonFiniteStep
-from nanhunt.observe.finite import is_finite, sums, tally
+from nanhunt.errors import CaptureError, NonFiniteStep, first_line
+from nanhunt.observe.finite import is_finite, stored_values, sums, tally
 from nanhunt.observe.modules import ModuleTracer
 from nanhunt.records.modules import ModuleFault
 from nanhunt.records.steps import Tally
 
 OnFault = Literal["raise", "skip", "record"]
-
-MAX_CALLS = 64
-"""Model calls kept per step. A loop that never steps must not fill the memory; what is older is dropped and said."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class Fault:
         capture: The file, or None if it could not be written.
         problem: Why it could not be written.
         module_fault: Where the module tracer saw it first, if it ran.
+        crash: The error that ended the step, as one line; empty if it went on to the optimizer.
     """
 
     step: int
@@ -61,25 +59,16 @@ class Fault:
     capture: Path | None
     problem: str = ""
     module_fault: ModuleFault | None = None
+    crash: str = ""
 
     @property
     def message(self) -> str:
         """What happened, as one line."""
+        if self.crash:
+            return f"step {self.step} ended in an error: {self.crash}"
         what = f"loss {self.loss:.6g}" if not math.isfinite(self.loss) else f"loss {self.loss:.6g} (finite)"
         grads = self.gradients
         return f"step {self.step} is non-finite: {what}, {grads.tensors} of {grads.num_tensors} gradients non-finite"
-
-
-@dataclass
-class _ModelCall:
-    """One forward of the watched model: what went in, and the gradients that came back to its outputs."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int]
-    autocast: dict[str, Any]
-    output_grads: dict[int, Tensor] = field(default_factory=dict)
-    num_outputs: int = 0
 
 
 class Watch:
@@ -117,12 +106,8 @@ class Watch:
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._batches: list[Any] = []
-        self._calls: deque[_ModelCall] = deque(maxlen=MAX_CALLS)
-        self._num_calls = 0
-        self._losses: list[Tensor] = []
-        self._rng: dict[str, Any] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._kept = KeptStep()
+        self._is_faulty = False
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Passes the loader's batches through and keeps the current ones, so that a capture can hold the labels too."""
@@ -132,8 +117,7 @@ class Watch:
 
     def note_batch(self, batch: Any) -> None:
         """Tells the sentinel what the next step is made of, where the loop has no loader to wrap."""
-        self._batches.append(batch)
-        del self._batches[:-MAX_CALLS]
+        self._kept.note_batch(batch)
 
     def __enter__(self) -> Self:
         if self._modules is not None:
@@ -159,35 +143,25 @@ class Watch:
             self._capture_crash(error)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if self._rng is None:
-            self._rng = rng_state()
-            self._buffers = {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()}
-        versions = [leaf._version for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._calls.append(_ModelCall(args, kwargs, versions, _autocast_state()))
-        self._num_calls += 1
+        if torch.is_grad_enabled():
+            self._kept.note_call(self._model, args, kwargs, _autocast_state())
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or not self._calls:
-            return
-        call = self._calls[-1]
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        call.num_outputs = len(outputs)
-        for position, tensor in enumerate(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(_keeper(call, position))
+        if torch.is_grad_enabled() and self._kept.calls:
+            self._kept.calls[-1].keep_gradients_of(output)
 
     def _backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for ``torch.autograd.backward`` while the watch is on: notes the loss, changes nothing."""
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        self._losses.extend(root.detach() for root in roots if isinstance(root, Tensor))
-        del self._losses[:-MAX_CALLS]
+        self._kept.begin_backward(roots, self._parameters())
         assert self._inner_backward is not None
-        return self._inner_backward(tensors, *args, **kwargs)
+        result = self._inner_backward(tensors, *args, **kwargs)
+        self._kept.end_backward(self._parameters())
+        return result
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[0] if args and callable(args[0]) else kwargs.get("closure")
+        # The first of the arguments is the optimizer itself.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._judge_step()
             return None
@@ -197,25 +171,32 @@ class Watch:
             self._judge_step()
             return value
 
-        return ((watched_closure, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": watched_closure})
+        if len(args) > 1:
+            return (args[0], watched_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": watched_closure}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._batches:
-            self._control = self._batches
+        if not self._is_faulty:
+            self._control = self._kept.taking_part(ended_in_error=False)[0] or self._control
         self.step += 1
         self._begin_step()
         if self._modules is not None:
             self._modules.begin_step()
 
     def _judge_step(self) -> None:
-        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        seen = [*self._kept.losses, *(p.grad for p in self._parameters() if p.grad is not None)]
         with torch.no_grad():
-            totals = sums([*self._losses, *gradients])
+            totals = sums(seen)
             if totals is None or math.isfinite(totals.sum().item()):
                 return
-            if all(is_finite(tensor) for tensor in [*self._losses, *gradients]):
+            if all(is_finite(tensor) for tensor in seen) or self._is_passed_over():
                 return
         self._handle_fault("")
+
+    def _is_passed_over(self) -> bool:
+        """Whether a ``GradScaler`` has told a fused optimizer to leave this step out."""
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found)
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self._optimizer.param_groups:
@@ -224,10 +205,13 @@ class Watch:
     def _capture_crash(self, error: BaseException) -> None:
         """A decomposition that refuses its input ends the loop before any step; what led to it is kept all the same."""
         with contextlib.suppress(NonFiniteStep):
-            self._handle_fault(str(error).splitlines()[0])
+            self._handle_fault(first_line(error))
+        saved = self.faults[-1].capture
+        error.add_note(f"nanhunt: saved {saved}; run: nanhunt replay {saved}" if saved else "nanhunt: not saved")
 
     def _handle_fault(self, crash: str) -> None:
-        loss = float(sum(float(item.float().sum()) for item in self._losses)) if self._losses else math.nan
+        self._is_faulty = True
+        loss = self._loss()
         named = [(name, p.grad) for name, p in self._model.named_parameters() if p.grad is not None]
         gradients = tally(named)
         module_fault = self._modules.fault() if self._modules is not None else None
@@ -236,9 +220,15 @@ class Watch:
             path = write_capture(self._capture(loss, gradients, named, crash), self._out_dir)
         except CaptureError as error:
             problem = str(error)
-        fault = Fault(self.step, loss, gradients, path, problem, module_fault)
+        fault = Fault(self.step, loss, gradients, path, problem, module_fault, crash)
         self.faults.append(fault)
         self._act_on(fault)
+
+    def _loss(self) -> float:
+        """The sum of the step's losses, without the loss scale."""
+        losses = self._kept.losses
+        scale = self._scaler.get_scale() if self._scaler is not None else 1.0
+        return sum(float(loss.float().sum()) for loss in losses) / scale if losses else math.nan
 
     def _act_on(self, fault: Fault) -> None:
         where = f"; saved {fault.capture}" if fault.capture else f"; not saved: {fault.problem}"
@@ -257,32 +247,39 @@ class Watch:
             # An optimizer passes over parameters without a gradient, so neither weights nor moments move.
             for parameter in self._parameters():
                 parameter.grad = None
+            before = self._kept.start.buffers if self._kept.start is not None else {}
+            with torch.no_grad():
+                for name, buffer in self._model.named_buffers():
+                    if name in before:
+                        buffer.copy_(before[name])
 
     def _capture(self, loss: float, gradients: Tally, named: list[tuple[str, Tensor]], crash: str) -> Capture:
         """The step as it stands now: weights and optimizer are still those from before it."""
+        batches, calls, start = self._kept.taking_part(ended_in_error=bool(crash))
+        stored = _stored("the batch", batches)
         payload: dict[str, Any] = {
-            "batches": self._stored_batches(),
-            "control": [plain(batch) for batch in self._control],
-            "calls": [] if self._batches and self._target else [_stored_call(call) for call in self._calls],
+            "batches": stored,
+            "control": _stored("the control batch", self._control),
+            "calls": [] if stored and self._target else _stored("the model's input", [_described(c) for c in calls]),
             "model": {name: plain(value) for name, value in _state(self._model).items()},
-            "buffers_before": {name: plain(value) for name, value in self._buffers.items()},
+            "buffers_before": {name: plain(value) for name, value in start.buffers.items()} if start else {},
             "optimizer": plain(self._optimizer.state_dict()),
-            "rng": plain(self._rng or rng_state()),
+            "rng": plain(start.rng if start else rng_state()),
         }
         if self._scaler is not None:
             payload["scaler"] = plain(self._scaler.state_dict())
         meta = {
             "step": self.step,
-            "num_micro_steps": self._num_calls,
-            "num_calls_dropped": max(0, self._num_calls - MAX_CALLS),
-            "inputs_modified": any(_was_modified(call) for call in self._calls),
+            "num_micro_steps": self._kept.num_calls,
+            "num_calls_dropped": self._kept.num_calls - len(self._kept.calls),
+            "inputs_modified": any(call.was_modified for call in calls),
             "target": {"name": self._target, "config": self._config} if self._target else None,
             "model": {
                 "class": f"{type(self._model).__module__}.{type(self._model).__qualname__}",
                 "training": {name: module.training for name, module in self._model.named_modules()},
             },
             "optimizer": type(self._optimizer).__name__,
-            "autocast": self._calls[-1].autocast if self._calls else _autocast_state(),
+            "autocast": calls[-1].autocast if calls else _autocast_state(),
             "observed": {
                 "loss": float(loss).hex() if math.isfinite(loss) else str(loss),
                 "gradients_nonfinite": gradients.tensors,
@@ -293,13 +290,6 @@ class Watch:
             "environment": environment(),
         }
         return Capture(meta, payload)
-
-    def _stored_batches(self) -> list[Any]:
-        try:
-            return [plain(batch) for batch in self._batches]
-        except CaptureError as error:
-            warnings.warn(f"nanhunt: the batch is not kept: {error}", RuntimeWarning, stacklevel=2)
-            return []
 
 
 def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
@@ -313,11 +303,11 @@ def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
         model: The model whose forward is called in the loop.
         optimizer: Its optimizer.
         options: ``out_dir``: folder of the captures, "debug". ``on_fault``: "raise" (default) stops with
-            ``NonFiniteStep``; "skip" leaves weights and moments as they are and goes on; "record" goes on with the
-            step. ``target``: what ``--target`` would be given to rebuild the model. ``config``: JSON data kept for
-            that target. ``scaler``: the loop's ``GradScaler``, to be kept in the capture. ``start_step``: number of
-            the first step. ``trace_finite``: also follow every module's output and gradient (forward and tensor
-            hooks, one read a step).
+            ``NonFiniteStep``; "skip" leaves weights, moments and buffers as they were before the step and goes on;
+            "record" goes on with the step. ``target``: what ``--target`` would be given to rebuild the model.
+            ``config``: JSON data kept for that target. ``scaler``: the loop's ``GradScaler``, to be kept in the
+            capture. ``start_step``: number of the first step. ``trace_finite``: also follow every module's output and
+            gradient (forward and tensor hooks, one read a step).
 
     Raises:
         ValueError: If ``on_fault`` is none of the three.
@@ -328,7 +318,9 @@ def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
 
 def canonical(tensor: Tensor) -> Tensor:
     """The values with every NaN replaced by one and the same NaN, so that its sign and payload do not matter."""
-    values = tensor.detach()
+    values = stored_values(tensor).detach()
+    if values.layout is not torch.strided:
+        return values
     return torch.where(torch.isnan(values), torch.full_like(values, math.nan), values)
 
 
@@ -354,21 +346,18 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _keeper(call: _ModelCall, position: int) -> Callable[[Tensor], None]:
-    def keep(gradient: Tensor) -> None:
-        call.output_grads[position] = gradient.detach()
-
-    return keep
-
-
-def _stored_call(call: _ModelCall) -> dict[str, Any]:
-    gradients = {str(position): plain(gradient) for position, gradient in call.output_grads.items()}
-    return {"args": plain(list(call.args)), "kwargs": plain(call.kwargs), "output_grads": gradients}
+def _stored(what: str, values: list[Any]) -> list[Any]:
+    """Copies of the values; none, with a warning, if one of them is no plain data. The rest is worth keeping alone."""
+    try:
+        return [plain(value) for value in values]
+    except CaptureError as error:
+        warnings.warn(f"nanhunt: {what} is not kept: {error}", RuntimeWarning, stacklevel=2)
+        return []
 
 
-def _was_modified(call: _ModelCall) -> bool:
-    leaves = [leaf._version for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-    return leaves != call.versions
+def _described(call: ModelCall) -> dict[str, Any]:
+    gradients = {str(position): gradient for position, gradient in call.output_grads.items()}
+    return {"args": list(call.args), "kwargs": call.kwargs, "output_grads": gradients}
 
 
 def _autocast_state() -> dict[str, Any]:

@@ -51,12 +51,16 @@ def _one_line(text: str) -> str:
 
 def main() -> None:
     """Runs the program; errors of use are one line on standard error and exit code 2."""
+    out = sys.stdout
     try:
         try:
-            app()
+            app(prog_name="nanhunt")
         finally:
             # Here, and not at the interpreter's exit, where a reader that has gone would be an error.
             sys.stdout.flush()
+            if sys.stdout is not out:
+                # typer met the closed pipe first and put a stand-in there; its own exit code 1 would mean a fault.
+                raise BrokenPipeError
     except NanhuntError as error:
         if os.environ.get("NANHUNT_DEBUG"):
             raise
@@ -66,8 +70,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe has gone (`nanhunt replay FILE | head`); nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        # The exit code is what a shell reports of a program that a closed pipe ended.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        sys.exit(128 + 13)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nanhunt.numerics import LIMITS, ulp
 from nanhunt.observe.exact import FocusedOp
-from nanhunt.observe.finite import can_hold_nonfinite, value_facts
+from nanhunt.observe.finite import can_hold_nonfinite, is_finite, unreadable_kind, value_facts
 from nanhunt.records.evidence import OffenderEvidence, Operand, Spectrum
 
 MAX_POSITIONS = 8
@@ -27,9 +27,12 @@ def gather_evidence(offender: FocusedOp, forward: FocusedOp | None) -> OffenderE
     Returns:
         None if no output is non-finite, as when the operation writes in place and its result was not kept.
     """
-    bad = next((output for output in offender.outputs if not bool(torch.isfinite(_real(output)).all())), None)
+    readable = [output for output in offender.outputs if output.layout is torch.strided]
+    bad = next((output for output in readable if unreadable_kind(output) is None and not is_finite(output)), None)
     if bad is None:
         return None
+    if bad.element_size() == 1:
+        bad = bad.to(torch.float32)
     mask = ~torch.isfinite(bad)
     positions = mask.nonzero()
     shown = [tuple(int(i) for i in position) for position in positions[:MAX_POSITIONS]]
@@ -47,7 +50,7 @@ def _operands(op: FocusedOp, positions: list[tuple[int, ...]], shape: tuple[int,
     values = dict(zip(op.schema_names, op.args, strict=False)) | op.kwargs
     operands: list[Operand] = []
     for name, value in values.items():
-        if isinstance(value, Tensor) and can_hold_nonfinite(value):
+        if isinstance(value, Tensor) and can_hold_nonfinite(value) and value.layout is torch.strided:
             operands.append(Operand(name, value_facts(value), _values_at(value, positions, shape)))
         elif isinstance(value, float | int) and not isinstance(value, bool):
             operands.append(Operand(name, None, (float(value),)))
@@ -128,10 +131,6 @@ def _rows_all_neginf(op: FocusedOp) -> int | None:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return None
     return int(torch.isneginf(value).all(dim=dim).sum())
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _number(value: Any) -> float:

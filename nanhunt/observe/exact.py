@@ -9,7 +9,9 @@ NOTE on how a fault is followed.
    storage looks at the view that is really read; only then do the births travel on.
 3. An operation whose inputs are all untainted needs one look, at its output. A non-finite output is then a birth.
 4. Memory from ``empty`` holds anything until it is written, and is not looked at before.
-5. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation
+5. A deliberate value (a -inf mask) that an operation turns into NaN is that operation's ingredient: what travels on is
+   the operation's own birth.
+6. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation
    dispatched after the node was numbered, ``_get_sequence_nr() == node._sequence_nr() + 1``.
 """
 
@@ -21,7 +23,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,44 +33,27 @@ from nanhunt.observe.finite import (
     unreadable_kind,
     value_facts,
 )
+from nanhunt.observe.memory import NO_BIRTHS, Memory, Storage, covers_storage, storage_key
 from nanhunt.observe.module_path import ModulePath
 from nanhunt.observe.op_info import (
     CANNOT_CREATE,
     UNINITIALISED,
     FocusedOp,
     copied,
-    has_nonfinite_constant,
+    copy_of,
+    is_deliberate,
+    is_log_of_mask,
+    is_refusal,
     op_name,
     written,
 )
-from nanhunt.observe.source import source_line, user_frame
-from nanhunt.records.ops import OpRecord, Phase, Sink, SourceLine, StateSource, Trace
+from nanhunt.observe.source import ForwardSite, user_frame
+from nanhunt.records.ops import OpRecord, Phase, Sink, StateSource, Trace
 
 MAX_RECORDS = 20_000
 """Records kept; more are counted. A step that is wholly NaN propagates through every one of its operations."""
 
 _PURGE_EVERY = 4096
-_NO_BIRTHS: frozenset[int] = frozenset()
-
-
-@dataclass
-class _ForwardSite:
-    """Where a forward operation ran; what its backward operations are attributed to."""
-
-    index: int
-    op: str
-    module: str
-    frame: tuple[str, int, str] | None
-    phase: Phase
-
-
-@dataclass
-class _Storage:
-    """What is known of one piece of memory."""
-
-    ref: StorageWeakRef
-    births: frozenset[int] = _NO_BIRTHS
-    uninitialised: bool = False
 
 
 @dataclass
@@ -80,7 +64,7 @@ class _Call:
     func: Any
     name: str
     inputs: list[Tensor]
-    taint: frozenset[int] = _NO_BIRTHS
+    taint: frozenset[int] = NO_BIRTHS
     saw_nan: bool = False
     saw_inf: bool = False
     written: list[Tensor] = field(default_factory=list)
@@ -104,14 +88,16 @@ class ExactTracer(TorchDispatchMode):
         self._path = ModulePath(model)
         self._phase: Phase = "forward"
         self._num_ops = 0
-        self._storages: dict[int, _Storage] = {}
-        self._sites: dict[int, _ForwardSite] = {}
+        self._memory = Memory()
+        self._sites: dict[int, ForwardSite] = {}
         self._records: list[OpRecord] = []
         self._num_dropped = 0
         self._sources: list[StateSource] = []
         self._sinks: list[Sink] = []
         self._skipped: Counter[str] = Counter()
         self._problems: list[str] = []
+        self._deliberate: set[int] = set()
+        self._log_masks: set[int] = set()
 
     def __enter__(self) -> Self:
         self._path.__enter__()
@@ -140,19 +126,39 @@ class ExactTracer(TorchDispatchMode):
 
         A non-finite one becomes a source, found before any operation.
         """
-        with torch.no_grad():
+        with _untraced(), torch.no_grad():
             for name, tensor in named:
                 self._declare_one(kind, name, tensor)
 
+    def declare_result(self, name: str, tensor: Tensor, causes: Iterable[Tensor]) -> None:
+        """Looks at a tensor that something outside the trace computed from traced tensors.
+
+        If it is non-finite, it holds what was born on the way to its causes; where nothing was, it is a source.
+        """
+        with _untraced(), torch.no_grad():
+            states = [self._memory.find(cause) for cause in causes if not is_finite(cause)]
+            births = NO_BIRTHS.union(*(state.births for state in states if state)) - self._deliberate
+            if not births:
+                self._declare_one("constant", name, tensor)
+            elif not is_finite(tensor):
+                self._memory.add(tensor).births = births
+
     def reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Looks at places where a non-finite value does harm, and notes which births arrived there."""
+        """Looks at places where a non-finite value does harm, and notes which births arrived there.
+
+        A buffer that still is what it was before the step (a -inf mask, a lowest loss that starts at inf) is no harm.
+        """
         with _untraced(), torch.no_grad():
             for name, tensor in named:
                 if unreadable_kind(tensor) or is_finite(tensor):
                     continue
-                state = self._storages.get(_storage_key(tensor))
-                births = tuple(sorted(state.births)) if state else ()
-                self._sinks.append(Sink(kind, name, value_facts(tensor), births))
+                state = self._memory.find(tensor)
+                births = state.births if state else NO_BIRTHS
+                if kind == "buffer" and state is not None and births:
+                    births -= state.own
+                    if not births:
+                        continue
+                self._sinks.append(Sink(kind, name, value_facts(tensor), tuple(sorted(births))))
 
     @property
     def trace(self) -> Trace:
@@ -172,7 +178,12 @@ class ExactTracer(TorchDispatchMode):
         index = self._num_ops
         self._num_ops += 1
         call = self._guarded(self._before, index, func, args, kwargs)
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception as error:
+            if call is not None and is_refusal(error):
+                self._guarded(self._note_refusal, call)
+            raise
         if call is not None:
             self._guarded(self._after, call, args, kwargs, output)
         return output
@@ -194,23 +205,37 @@ class ExactTracer(TorchDispatchMode):
         if index in self._focus:
             names = tuple(argument.name for argument in func._schema.arguments)
             self.focused[index] = FocusedOp(op_name(func), names, copied(args), copied(kwargs))
+        call.written, is_read = written(func, args, kwargs)
+        unread = () if is_read else {id(tensor) for tensor in call.written}
         for tensor in inputs:
-            state = self._state_of(tensor)
+            state = None if id(tensor) in unread else self._state_of(tensor)
             if state is not None and state.births:
                 self._read_tainted(call, tensor, state)
-        call.written = written(func, args, kwargs)
         return call
 
     def _note_site(self, call: _Call) -> None:
-        """Remembers the first operation after each autograd node was numbered (rule 5 of the NOTE)."""
-        if torch._C._current_autograd_node() is None:
-            number = torch._C._autograd._get_sequence_nr()
-            if number not in self._sites:
-                self._sites[number] = _ForwardSite(
-                    call.index, op_name(call.func), self._path.current, user_frame(), self._phase
-                )
+        """Remembers the first operation after each autograd node was numbered (rule 6 of the NOTE)."""
+        node = torch._C._current_autograd_node()
+        if node is not None and not torch.is_grad_enabled():
+            return
+        number = torch._C._autograd._get_sequence_nr()
+        if number not in self._sites:
+            # A backward pass that is itself differentiated belongs to the forward it differentiates.
+            known = None if node is None or self._path.in_backward else self._sites.get(node._sequence_nr() + 1)
+            self._sites[number] = known or ForwardSite(
+                call.index, op_name(call.func), self._path.current, user_frame(), self._phase
+            )
 
-    def _read_tainted(self, call: _Call, tensor: Tensor, state: _Storage) -> None:
+    def _note_refusal(self, call: _Call) -> None:
+        """An operation that raises over the values it was given is where their births did harm."""
+        states = [self._memory.find(tensor) for tensor in call.inputs]
+        births = call.taint or NO_BIRTHS.union(*(state.births for state in states if state))
+        if births:
+            bad = next((tensor for tensor in call.inputs if not is_finite(tensor)), call.inputs[0])
+            name = f"refused by {op_name(call.func)}"
+            self._sinks.append(Sink("output", name, value_facts(bad), tuple(sorted(births))))
+
+    def _read_tainted(self, call: _Call, tensor: Tensor, state: Storage) -> None:
         """Rule 2: only the view that is really read counts."""
         if unreadable_kind(tensor) is None and not is_finite(tensor):
             facts = value_facts(tensor)
@@ -221,21 +246,22 @@ class ExactTracer(TorchDispatchMode):
     def _after(self, call: _Call, args: Any, kwargs: Any, output: Any) -> None:
         produced = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if call.index in self._focus:
-            self.focused[call.index].outputs = tuple(tensor.detach().clone() for tensor in produced)
+            self.focused[call.index].outputs = tuple(copy_of(tensor) for tensor in produced)
         overwritten = {id(tensor) for tensor in call.written}
-        input_keys = {_storage_key(tensor) for tensor in call.inputs}
-        results = [*call.written, *(tensor for tensor in produced if id(tensor) not in overwritten)]
+        input_keys = {storage_key(tensor) for tensor in call.inputs}
+        shown = {id(tensor) for tensor in produced}
+        results = [*produced, *(tensor for tensor in call.written if id(tensor) not in shown)]
         bad: list[Tensor] = []
         for tensor in results:
-            is_view = _storage_key(tensor) in input_keys and id(tensor) not in overwritten
+            is_view = storage_key(tensor) in input_keys and id(tensor) not in overwritten
             if not is_view and self._look_at_result(call, tensor):
                 bad.append(tensor)
         if bad:
             self._record_nonfinite(call, args, kwargs, bad)
-        elif call.taint and any(_storage_key(tensor) not in input_keys for tensor in results):
+        elif call.taint and any(storage_key(tensor) not in input_keys for tensor in results):
             self._record(call, "kill", (), deliberate=False)
         if self._num_ops % _PURGE_EVERY == 0:
-            self._purge()
+            self._memory.purge()
 
     def _look_at_result(self, call: _Call, tensor: Tensor) -> bool:
         """Whether the result is non-finite; keeps the state of its memory."""
@@ -248,10 +274,12 @@ class ExactTracer(TorchDispatchMode):
         if not call.taint and call.name in CANNOT_CREATE and not state.births:
             return False
         if not can_hold_nonfinite(tensor):
+            # Read again only where an operation refuses it: the error codes of a decomposition.
+            state.births |= call.taint
             return False
         if is_finite(tensor):
-            if state.births and _covers_storage(tensor):
-                state.births = _NO_BIRTHS
+            if state.births and covers_storage(tensor):
+                state.births = NO_BIRTHS
             return False
         return True
 
@@ -261,32 +289,46 @@ class ExactTracer(TorchDispatchMode):
         explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
         if not explained and not call.taint:
             explained = self._find_unseen_sources(call)
-        births = call.taint if explained else call.taint | {call.index}
-        deliberate = has_nonfinite_constant(args, kwargs)
+        deliberate = is_deliberate(args, kwargs, makes_nan=makes_nan)
+        births = call.taint if explained else self._births_with(call, makes_nan=makes_nan)
+        if not explained and deliberate:
+            self._deliberate.add(call.index)
+        elif not explained and is_log_of_mask(call.name, args):
+            self._log_masks.add(call.index)
         for tensor in bad:
             state = self._state_of(tensor, is_result=True)
             if state is not None:
-                state.births = births if _covers_storage(tensor) else state.births | births
+                state.births = births if covers_storage(tensor) else state.births | births
                 state.uninitialised = False
         self._record(call, "propagate" if explained else "birth", tuple(facts), deliberate=deliberate)
+
+    def _births_with(self, call: _Call, *, makes_nan: bool) -> frozenset[int]:
+        """The births that travel on from a birth (rule 5 of the NOTE)."""
+        ingredients: set[int] = set()
+        if makes_nan:
+            ingredients |= self._deliberate
+            if "softmax" in call.name or "attention" in call.name:
+                ingredients |= self._log_masks
+        return (call.taint - ingredients) | {call.index}
 
     def _find_unseen_sources(self, call: _Call) -> bool:
         """Whether an input holds non-finite values that no recorded operation wrote.
 
         An operation that overwrites its input has destroyed the evidence, so those inputs are left out.
         """
-        overwritten = {_storage_key(tensor) for tensor in call.written}
+        overwritten = {storage_key(tensor) for tensor in call.written}
         for tensor in call.inputs:
-            key = _storage_key(tensor)
+            key = storage_key(tensor)
             if key in overwritten or unreadable_kind(tensor) or is_finite(tensor):
                 continue
-            state = self._storages[key]
+            state = self._memory.find(tensor) or self._memory.add(tensor)
             self._add_source("uninitialised memory" if state.uninitialised else "constant", "", tensor, state)
             call.taint |= state.births
         return bool(call.taint)
 
     def _record(self, call: _Call, kind: Any, facts: tuple[Any, ...], *, deliberate: bool) -> None:
-        if len(self._records) >= MAX_RECORDS:
+        # What only passes on leaves room for a birth that comes late.
+        if len(self._records) >= (MAX_RECORDS if kind == "birth" else MAX_RECORDS // 2):
             self._num_dropped += 1
             return
         site, recomputed, phase = self._where()
@@ -296,7 +338,7 @@ class ExactTracer(TorchDispatchMode):
             kind=kind,
             phase=phase,
             module=site.module if site else self._path.current,
-            source=_line_of(site),
+            source=site.line if site else None,
             forward_index=site.index if site and phase == "backward" else None,
             forward_op=site.op if site and phase == "backward" else None,
             deliberate=deliberate,
@@ -306,12 +348,12 @@ class ExactTracer(TorchDispatchMode):
         )
         self._records.append(record)
 
-    def _where(self) -> tuple[_ForwardSite | None, bool, Phase]:
+    def _where(self) -> tuple[ForwardSite | None, bool, Phase]:
         """The site of the running operation, whether it is a recomputation, and its phase."""
         node = torch._C._current_autograd_node()
-        recomputed = node is not None and self._path.depth > 0
+        recomputed = node is not None and self._path.in_backward
         if node is None or recomputed:
-            here = _ForwardSite(-1, "", self._path.current, user_frame(), self._phase)
+            here = ForwardSite(-1, "", self._path.current, user_frame(), self._phase)
             return here, recomputed, "forward" if recomputed else self._phase
         return self._sites.get(node._sequence_nr() + 1), False, "backward"
 
@@ -319,50 +361,30 @@ class ExactTracer(TorchDispatchMode):
         if unreadable_kind(tensor):
             self._skipped[unreadable_kind(tensor) or ""] += 1
             return
-        state = self._new_state(tensor)
+        state = self._memory.find(tensor) or self._memory.add(tensor)
         if not is_finite(tensor):
             self._add_source(kind, name, tensor, state)
 
-    def _add_source(self, kind: Any, name: str, tensor: Tensor, state: _Storage) -> None:
-        index = -1 - len(self._sources)
-        self._sources.append(StateSource(index, kind, name, value_facts(tensor), first_nonfinite(tensor)))
+    def _add_source(self, kind: Any, name: str, tensor: Tensor, state: Storage) -> None:
+        index, facts = -1 - len(self._sources), value_facts(tensor)
+        self._sources.append(StateSource(index, kind, name, facts, first_nonfinite(tensor)))
         state.births |= {index}
+        state.own |= {index}
+        if kind in ("buffer", "constant") and facts.num_neginf == facts.num_nonfinite:
+            self._deliberate.add(index)
 
-    def _state_of(self, tensor: Tensor, *, is_result: bool = False) -> _Storage | None:
+    def _state_of(self, tensor: Tensor, *, is_result: bool = False) -> Storage | None:
         """What is known of the tensor's memory; memory first seen as an input is looked at now."""
         reason = unreadable_kind(tensor)
         if reason is not None:
             self._skipped[reason] += 1
             return None
-        state = self._storages.get(_storage_key(tensor))
+        state = self._memory.find(tensor)
         if state is None:
-            state = self._new_state(tensor)
+            state = self._memory.add(tensor)
             if not is_result and can_hold_nonfinite(tensor) and not is_finite(tensor):
                 self._add_source("constant", "", tensor, state)
         return state
-
-    def _new_state(self, tensor: Tensor) -> _Storage:
-        state = _Storage(StorageWeakRef(tensor.untyped_storage()))
-        self._storages[state.ref.cdata] = state
-        return state
-
-    def _purge(self) -> None:
-        """Forgets memory that is gone, so that a long trace stays small."""
-        self._storages = {key: state for key, state in self._storages.items() if not state.ref.expired()}
-
-
-def _storage_key(tensor: Tensor) -> int:
-    """Identity of the tensor's memory; 0 for tensors without any."""
-    return tensor.untyped_storage()._cdata if unreadable_kind(tensor) is None else 0
-
-
-def _covers_storage(tensor: Tensor) -> bool:
-    """Whether the tensor is the whole of its memory."""
-    return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
-
-
-def _line_of(site: _ForwardSite | None) -> SourceLine | None:
-    return source_line(site.frame) if site else None
 
 
 def _untraced() -> Any:

@@ -24,31 +24,38 @@ def can_hold_nonfinite(tensor: Tensor) -> bool:
 
 
 def unreadable_kind(tensor: Tensor) -> str | None:
-    """Why the values cannot be looked at (sparse, meta, nested), or None if they can."""
+    """Why the values cannot be looked at (meta, nested, compressed sparse), or None if they can."""
     if tensor.is_meta:
         return "meta tensor"
     if tensor.is_nested:
         return "nested tensor"
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided and tensor.layout is not torch.sparse_coo:
         return f"{str(tensor.layout).removeprefix('torch.')} tensor"
     if tensor.is_quantized:
         return "quantized tensor"
     return None
 
 
+def stored_values(tensor: Tensor) -> Tensor:
+    """The tensor itself; for a sparse one in coordinates the dense tensor of its values, uncoalesced."""
+    return tensor.detach()._values() if tensor.layout is torch.sparse_coo else tensor
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """The values without autograd, in a type that reductions support."""
-    values = tensor.detach()
-    if values.dtype.is_complex:
-        values = torch.view_as_real(values.resolve_conj())
-    if values.dtype in _FLOAT8:
-        values = values.to(torch.float32)
-    return values
+    values = _elements(tensor)
+    return torch.view_as_real(values.resolve_conj()) if values.dtype.is_complex else values
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    values = stored_values(tensor).detach()
+    return values.to(torch.float32) if values.dtype in _FLOAT8 else values
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; true for empty tensors and types without NaN. Reads one scalar back."""
-    if not can_hold_nonfinite(tensor) or tensor.numel() == 0:
+    if not can_hold_nonfinite(tensor) or tensor.numel() == 0 or tensor._is_zerotensor():
+        # A zero tensor, as autograd makes them, has no memory to read.
         return True
     values = _plain(tensor)
     total = values.sum(dtype=torch.float32).item() if values.dtype in _SUMMED_WIDER else values.sum().item()
@@ -94,8 +101,11 @@ def value_facts(tensor: Tensor) -> ValueFacts:
 
 
 def first_nonfinite(tensor: Tensor) -> tuple[int, ...]:
-    """Index of the first non-finite element in memory order of a contiguous copy; empty if there is none."""
-    bad = (~torch.isfinite(tensor.detach())).nonzero()
+    """Index of the first non-finite element in memory order of a contiguous copy; empty if there is none.
+
+    For a sparse tensor in coordinates it is the index among the stored values.
+    """
+    bad = (~torch.isfinite(_elements(tensor))).nonzero()
     return tuple(int(position) for position in bad[0]) if len(bad) else ()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Self
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -17,7 +18,7 @@ class ModulePath:
         self._names: dict[int, str] = {}
         if root is not None:
             self.name_modules(root)
-        self._stack: list[str] = []
+        self._stack: list[tuple[str, bool]] = []
         self._handles: list[Any] = []
 
     def name_modules(self, root: nn.Module) -> None:
@@ -37,7 +38,8 @@ class ModulePath:
         self._stack.clear()
 
     def _enter_module(self, module: nn.Module, args: object) -> None:
-        self._stack.append(self._names.get(id(module), f"<{type(module).__name__}>"))
+        name = self._names.get(id(module), f"<{type(module).__name__}>")
+        self._stack.append((name, torch._C._current_autograd_node() is not None))
 
     def _leave_module(self, module: nn.Module, args: object, output: object) -> None:
         if self._stack:
@@ -46,9 +48,9 @@ class ModulePath:
     @property
     def current(self) -> str:
         """Path of the innermost running module; '' for the root and outside."""
-        return self._stack[-1] if self._stack else ""
+        return self._stack[-1][0] if self._stack else ""
 
     @property
-    def depth(self) -> int:
-        """How many forwards are running inside each other."""
-        return len(self._stack)
+    def in_backward(self) -> bool:
+        """Whether that module's forward was begun by a backward pass, which recomputes it."""
+        return bool(self._stack) and self._stack[-1][1]

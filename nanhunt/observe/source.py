@@ -2,12 +2,13 @@
 
 import linecache
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from nanhunt.records.ops import SourceLine
+from nanhunt.records.ops import Phase, SourceLine
 
 _OWN_FOLDERS = (
     str(Path(torch.__file__).parent) + "/",
@@ -42,3 +43,19 @@ def source_line(frame: tuple[str, int, str] | None) -> SourceLine | None:
         return None
     file, line, function = frame
     return SourceLine(file, line, linecache.getline(file, line).strip(), function)
+
+
+@dataclass
+class ForwardSite:
+    """Where a forward operation ran; what its backward operations are attributed to."""
+
+    index: int
+    op: str
+    module: str
+    frame: tuple[str, int, str] | None
+    phase: Phase
+
+    @property
+    def line(self) -> SourceLine | None:
+        """The user's line."""
+        return source_line(self.frame)

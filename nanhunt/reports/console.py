@@ -1,7 +1,8 @@
 """The report for a terminal: 80 columns, readable without colour."""
 
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,23 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from nanhunt.findings import Finding, Report
+from nanhunt.findings import ChainLink, Finding, Location, Report
+from nanhunt.numerics import count
 from nanhunt.records.steps import ExperimentResult, GridCell, StepOutcome
 
 SUFFIX = ".txt"
 WIDTH = 80
 
-_STYLES = {"finite": "green", "NON-FINITE": "bold red", "not run": "yellow"}
+# Tables are padded to their full width; among the blanks stand the codes that begin and end a colour.
+_TRAILING = re.compile(r"(?: |\x1b\[[0-9;]*m)+$", re.MULTILINE)
+
+_STYLES = {
+    "finite": "green",
+    "NON-FINITE": "bold red",
+    "not run": "yellow",
+    "error": "bold red",
+    "warning": "bold yellow",
+}
 
 
 def render(report: Report) -> str:
@@ -24,17 +35,24 @@ def render(report: Report) -> str:
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     print_report(report, console)
     assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    return console.file.getvalue()
 
 
 def print_report(report: Report, console: Console) -> None:
     """Prints the report, in colour where the console has it."""
+    with console.capture() as printed:
+        _print_sections(report, console)
+    console.file.write(_TRAILING.sub(lambda end: end[0].replace(" ", ""), printed.get()))
+
+
+def _print_sections(report: Report, console: Console) -> None:
     _print_head(report, console)
     for finding in report.findings:
+        console.print()
         _print_finding(finding, console)
     if report.chain:
         _section(console, "from there to the weights")
-        _pairs(console, ((link.what, link.detail) for link in report.chain), arrow=True)
+        _print_chain(report.chain, console)
     if report.grid:
         _section(console, "weights against batches")
         _print_grid(report.grid, console)
@@ -44,48 +62,67 @@ def print_report(report: Report, console: Console) -> None:
     if report.skips:
         _section(console, "not done")
         for skip in report.skips:
-            _wrapped(console, f"{skip.what}: {skip.reason}", "- ")
+            _wrapped(console, f"{skip.what}: {skip.reason}", "  - ")
     _section(console, f"verdict: {report.verdict.certainty}")
     for sentence in report.verdict.text.split(". "):
-        _wrapped(console, sentence, "  ")
+        _wrapped(console, sentence, "  - ")
     console.print()
-    console.print(f"{report.num_steps} steps run in {report.seconds:.1f} s", style="dim", highlight=False)
+    console.print(_text(f"{count(report.num_steps, 'step')} run in {report.seconds:.1f} s", "dim"))
 
 
 def _print_head(report: Report, console: Console) -> None:
-    console.print(Text(report.title, style="bold"))
-    _pairs(console, report.facts)
+    _wrapped(console, _text(report.title, "bold"), "", "  ")
     detail = f" ({report.determinism.detail})" if report.determinism.detail else ""
-    _pairs(console, [("determinism", f"{report.determinism.status}{detail}")])
-    console.print()
+    table = _columns(2)
+    for left, right in (*report.facts, ("determinism", f"{report.determinism.status}{detail}")):
+        table.add_row(_text(left, "dim"), _text(right))
+    console.print(Padding(table, (0, 0, 0, 2)))
     if not report.findings:
+        console.print()
         console.print(Text("no operation was found to make a non-finite value that does harm"))
 
 
 def _print_finding(finding: Finding, console: Console) -> None:
-    head = Text(f"{finding.severity}[{finding.code}]", style="bold red")
-    head.append(f": {finding.message}", style="bold")
-    console.print(head, highlight=False)
+    head = _text(f"{finding.severity}[{finding.code}]", _STYLES[finding.severity])
+    _wrapped(console, head.append_text(_text(f": {finding.message}", "bold")), "", "    ")
     where = finding.location
     named = " of ".join(part for part in (where.op, where.forward_op) if part)
-    place = [named, where.phase, f"step {where.step}" if where.step is not None else ""]
-    console.print(f"  --> {', '.join(part for part in place if part)}", highlight=False)
-    if where.module:
-        console.print(f"  --> {where.module}", highlight=False)
-    if where.source is not None:
-        console.print(f"  --> {short_path(where.source.file)}:{where.source.line}", highlight=False)
-        console.print(Text(f"   |  {where.source.text}", style="cyan"))
+    place = ", ".join(part for part in (named, where.phase, *_numbers(where)) if part)
+    line = f"{short_path(where.source.file)}:{where.source.line}" if where.source is not None else ""
+    for text in (place, where.module, line):
+        if text:
+            _wrapped(console, text, "  --> ")
+    if where.source is not None and where.source.text:
+        _wrapped(console, _text(where.source.text, "cyan"), "   |  ", "   |      ")
     if finding.evidence:
         console.print("   |")
         width = max(len(key) for key in finding.evidence)
         for key, value in finding.evidence.items():
-            console.print(Text(f"   |  {key:<{width}} = {_number(value)}"))
+            _wrapped(console, _number(value), f"   |  {key:<{width}} = ", f"   |  {'':<{width}}   ")
     console.print("   |")
     _wrapped(console, f"{finding.cause} ({finding.certainty})", "   = cause: ")
     for note in finding.notes:
         _wrapped(console, note, "   = note: ")
     for text in finding.help:
         _wrapped(console, text, "   = help: ")
+    _wrapped(console, f"nanhunt explain {finding.code}", "   = explain: ")
+
+
+def _numbers(where: Location) -> Iterator[str]:
+    """Step, part of the step and process, as far as they say something."""
+    if where.step is not None:
+        yield f"step {where.step}"
+    if where.micro_step:
+        yield f"micro-step {where.micro_step}"
+    if where.rank:
+        yield f"rank {where.rank}"
+
+
+def _print_chain(chain: Iterable[ChainLink], console: Console) -> None:
+    table = _columns(3)
+    for number, link in enumerate(chain):
+        table.add_row("->" if number else "", _text(link.what), _text(link.detail))
+    console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _print_grid(grid: Iterable[GridCell], console: Console) -> None:
@@ -97,17 +134,18 @@ def _print_grid(grid: Iterable[GridCell], console: Console) -> None:
 
 
 def _print_experiments(experiments: Iterable[ExperimentResult], console: Console) -> None:
-    table = _table("changed", "step", "zero grads")
+    table = _table("step", "zero grads", "changed")
     for result in experiments:
         if result.outcome is None:
-            table.add_row(Text(f"{result.title}: {result.skipped}"), _word("not run"), "")
+            table.add_row(_word("not run"), "", _text(f"{result.title} ({result.skipped})"))
             continue
         outcome = result.outcome
         finite = outcome.is_finite
         mask = " (mask)" if finite and result.family == "mask" else ""
         word = _word("finite", mask) if finite else _word("NON-FINITE", f" ({outcome.failed_phase})")
         zero = f"{outcome.num_zero_gradients} of {outcome.gradients.num_tensors}" if finite else ""
-        table.add_row(Text(result.title), word, zero)
+        note = f" ({result.note})" if finite and result.note else ""
+        table.add_row(word, zero, _text(f"{result.title}{note}"))
     console.print(Padding(table, (0, 0, 0, 2)))
 
 
@@ -125,9 +163,18 @@ def _word(word: str, suffix: str = "") -> Text:
 
 
 def _table(*headings: str) -> Table:
+    """Columns under headings; only the last one may wrap, so that every row is told by its first."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for number, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", no_wrap=number > 0)
+        table.add_column(heading, overflow="fold", no_wrap=number < len(headings) - 1)
+    return table
+
+
+def _columns(number: int) -> Table:
+    """Columns without headings."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for _ in range(number):
+        table.add_column(overflow="fold")
     return table
 
 
@@ -136,23 +183,20 @@ def _section(console: Console, title: str) -> None:
     console.print(Text(title, style="bold"))
 
 
-def _pairs(console: Console, pairs: Iterable[tuple[str, str]], *, arrow: bool = False) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=False)
-    table.add_column(overflow="fold")
-    for number, (left, right) in enumerate(pairs):
-        lead = ("-> " if number else "   ") if arrow else ""
-        table.add_row(Text(f"{lead}{left}", style="" if arrow else "dim"), Text(right))
-    console.print(Padding(table, (0, 0, 0, 2)))
+def _wrapped(console: Console, text: str | Text, lead: str, next_lead: str | None = None) -> None:
+    """The text with ``lead`` before its first line and ``next_lead``, by default blanks, before the others."""
+    leads = (lead, " " * len(lead) if next_lead is None else next_lead)
+    width = max(console.width - max(map(len, leads)), 20)
+    whole = _text(text) if isinstance(text, str) else text
+    for number, line in enumerate(whole.wrap(console, width, overflow="fold")):
+        line.rstrip()
+        console.print(Text(leads[min(number, 1)]).append_text(line))
 
 
-def _wrapped(console: Console, text: str, lead: str) -> None:
-    """The text with ``lead`` before its first line and the same width of blanks before the others."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 0, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row(Text(lead), Text(text))
-    console.print(table)
+def _text(text: str, style: str = "") -> Text:
+    """The text as it is: no markup, and nothing a terminal would obey, for names and paths come from files."""
+    shown = text.expandtabs(4)
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown), style=style)
 
 
 def short_path(file: str) -> str:
@@ -168,4 +212,6 @@ def _number(value: Any) -> str:
         return f"{value:.9g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_number(item) for item in value)}]"
     return str(value)

@@ -15,6 +15,7 @@ Known limits:
 from dataclasses import replace
 from typing import Any
 
+from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -43,7 +44,7 @@ def _judge(case: Case) -> Judgement | None:
     where = case.evidence.positions[0]
     of = f" (backward of {case.op.forward_op})" if case.op.forward_op else ""
     return Judgement(
-        f"{case.op.op}{of} divided by 0 at {number:,} elements, first at {list(where)}",
+        f"{case.op.op}{of} divided by 0 at {count(number, 'element')}, first at {list(where)}",
         evidence={"num_offending": number, "first_position": list(where), "divisor": 0.0},
         help=("keep the divisor away from 0 where it is made, before any root or quotient",),
     )

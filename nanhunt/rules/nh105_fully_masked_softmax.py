@@ -10,6 +10,7 @@ Use instead:
     Leave padding rows out, or give each row at least one unmasked entry and drop the result afterwards.
 """
 
+from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -22,7 +23,7 @@ def _judge(case: Case) -> Judgement | None:
     assert case.evidence is not None
     where = list(case.evidence.positions[0])
     return Judgement(
-        f"{case.op.op} over {rows:,} rows that are -inf throughout, first at {where}",
+        f"{case.op.op} over {count(rows, 'row')} that {'is' if rows == 1 else 'are'} -inf throughout, first at {where}",
         evidence={"num_rows": rows, "first_position": where},
         help=("give each row at least one unmasked entry, or leave fully masked rows out",),
     )

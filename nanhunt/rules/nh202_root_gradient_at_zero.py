@@ -15,6 +15,7 @@ Use instead:
     root comes too late.
 """
 
+from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -31,7 +32,7 @@ def _judge(case: Case) -> Judgement | None:
     assert case.evidence is not None
     number, where = case.evidence.num_offending, list(case.evidence.positions[0])
     return Judgement(
-        f"gradient of sqrt at 0 for {number:,} elements, first at {where}",
+        f"gradient of sqrt at 0 for {count(number, 'element')}, first at {where}",
         evidence={"num_offending": number, "first_position": where},
         help=("put a small constant inside the root, or use torch.linalg.vector_norm",),
     )

@@ -59,7 +59,7 @@ def _judge(case: Case) -> Judgement | None:
         },
         notes=(
             f"the tied eigenvectors live on nodes {rows}{more}",
-            f"{count(spectrum.num_tied, 'matrix').replace('matrixs', 'matrices')} of {spectrum.num_matrices:,} "
+            f"{count(spectrum.num_tied, 'matrix', 'matrices')} of {spectrum.num_matrices:,} "
             f"exactly tied; median smallest gap {spectrum.median_min_gap:.2g}",
             "the backward pass divides by the gap between eigenvalues; the forward pass is finite",
         ),

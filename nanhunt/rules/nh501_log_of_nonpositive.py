@@ -12,6 +12,7 @@ Use instead:
     wanted.
 """
 
+from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -32,7 +33,7 @@ def _judge(case: Case) -> Judgement | None:
     assert case.evidence is not None
     lowest, where = min(argument.at_offenders), list(case.evidence.positions[0])
     return Judgement(
-        f"{name} of {lowest:.6g} at {case.evidence.num_offending:,} elements, first at {where}",
+        f"{name} of {lowest:.6g} at {count(case.evidence.num_offending, 'element')}, first at {where}",
         evidence={"num_offending": case.evidence.num_offending, "first_position": where, "lowest_argument": lowest},
         help=("work on the logits: logsigmoid, log_softmax or softplus do not form the argument at all",),
     )

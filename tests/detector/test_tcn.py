@@ -30,7 +30,8 @@ def test_receptive_field_is_six_seconds_without_a_hole():
 
 
 def test_every_input_sample_is_read():
-    encoder = TcnEncoder(NARROW).eval()
+    torch.manual_seed(0)
+    encoder = TcnEncoder(replace(NARROW, tcn_channels=(16, 16, 16, 16))).eval()
     windows = torch.randn(1, 19, 512, requires_grad=True)
 
     encoder(windows).square().sum().backward()

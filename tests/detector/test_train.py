@@ -75,9 +75,7 @@ def test_first_step_runs_at_the_first_warmup_rate_and_the_last_at_zero() -> None
 def test_training_twice_from_one_seed_gives_the_same_losses_bit_for_bit() -> None:
     def losses() -> list[float]:
         config, seen = tiny(seed=3), []
-        Trainer(config).run(
-            synthetic_batches(config.train), num_steps=3, on_step=lambda stats: seen.append(stats.loss)
-        )
+        Trainer(config).run(synthetic_batches(config.train), num_steps=3, on_step=lambda stats: seen.append(stats.loss))
         return seen
 
     assert losses() == losses()

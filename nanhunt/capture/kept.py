@@ -1,0 +1,158 @@
+"""What the sentinel keeps of the step under way: references to batches and model inputs, and where the step began.
+
+NOTE on what belongs to a step.
+
+1. A step is all that was passed backward since the last optimizer step and not thrown away. A loop that drops its
+   gradients (a ``GradScaler`` that saw an overflow, ``zero_grad`` after a batch it did not like) never reaches
+   ``optimizer.step``; that its gradients are gone, or zero, is seen when the next backward pass begins.
+2. A batch whose forward got no gradient at all did not take part: the loop went on to the next one.
+3. Random generators and buffers are kept as they were before the first forward of the step, and before the first
+   since the last backward, which takes its place if what came before was dropped.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nanhunt.capture.rng import rng_state
+from nanhunt.observe.finite import stored_values
+
+MAX_CALLS = 64
+"""Model calls kept per step. A loop that never steps must not fill the memory; what is older is dropped and said."""
+
+
+@dataclass
+class ModelCall:
+    """One forward of the watched model: what went in, and the gradients that came back to its outputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    autocast: dict[str, Any]
+    batch: int
+    micro_step: int
+    output_grads: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep_gradients_of(self, output: Any) -> None:
+        """Asks autograd for the gradients of the outputs."""
+        for position, tensor in enumerate(_tensors(output)):
+            if tensor.requires_grad:
+                tensor.register_hook(self._keeper(position))
+
+    def _keeper(self, position: int) -> Callable[[Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            self.output_grads[position] = gradient.detach()
+
+        return keep
+
+    @property
+    def was_modified(self) -> bool:
+        """Whether the loop has written into the inputs since."""
+        return versions(self.args, self.kwargs) != self.versions
+
+
+@dataclass
+class Start:
+    """Random generators and buffers before a forward."""
+
+    rng: dict[str, Any]
+    buffers: dict[str, Tensor]
+
+
+@dataclass
+class _Batch:
+    number: int
+    micro_step: int
+    value: Any
+
+
+class KeptStep:
+    """The step under way."""
+
+    def __init__(self) -> None:
+        self.calls: deque[ModelCall] = deque(maxlen=MAX_CALLS)
+        self.losses: list[Tensor] = []
+        self.num_calls = 0
+        self._batches: deque[_Batch] = deque(maxlen=MAX_CALLS)
+        self._num_batches = 0
+        self._micro_step = 0
+        self._start: Start | None = None
+        self._latest: Start | None = None
+        self._is_fresh = True
+        self._gradient_version: int | None = None
+
+    def note_batch(self, batch: Any) -> None:
+        """A batch that the loop was given."""
+        self._num_batches += 1
+        self._batches.append(_Batch(self._num_batches, self._micro_step, batch))
+        self._is_fresh = True
+
+    def note_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Any) -> None:
+        """A forward that is about to run."""
+        if self._is_fresh:
+            buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+            self._latest = Start(rng_state(), buffers)
+            self._start = self._start or self._latest
+            self._is_fresh = False
+        call = ModelCall(args, kwargs, versions(args, kwargs), autocast, self._num_batches, self._micro_step)
+        self.calls.append(call)
+        self.num_calls += 1
+
+    def begin_backward(self, roots: Iterable[Any], parameters: Iterable[Tensor]) -> None:
+        """Notes the losses; forgets what came before the last backward pass if its gradients were dropped."""
+        if self.losses and self._was_dropped(parameters):
+            self.losses.clear()
+            self.calls = deque((call for call in self.calls if call.micro_step == self._micro_step), maxlen=MAX_CALLS)
+            self.num_calls = len(self.calls)
+            kept = [batch for batch in self._batches if batch.micro_step == self._micro_step]
+            # A closure runs again on the batch it already has.
+            self._batches = deque(kept or list(self._batches)[-1:], maxlen=MAX_CALLS)
+            self._start = self._latest
+        self.losses.extend(root.detach() for root in roots if isinstance(root, Tensor))
+        del self.losses[:-MAX_CALLS]
+
+    def end_backward(self, parameters: Iterable[Tensor]) -> None:
+        """What comes now is another micro-step."""
+        self._micro_step += 1
+        self._is_fresh = True
+        self._gradient_version = next((p.grad._version for p in parameters if p.grad is not None), None)
+
+    def _was_dropped(self, parameters: Iterable[Tensor]) -> bool:
+        """Rule 1 of the NOTE; values are read only if something was written into the gradients since."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients or self._gradient_version is None:
+            return not gradients
+        if gradients[0]._version == self._gradient_version:
+            return False
+        return not any(bool(stored_values(gradient).any()) for gradient in gradients)
+
+    def taking_part(self, *, ended_in_error: bool) -> tuple[list[Any], list[ModelCall], Start | None]:
+        """The batches and model calls that the step is made of (rule 2 of the NOTE), and where it began."""
+        calls = [call for call in self.calls if call.output_grads]
+        if ended_in_error:
+            # The last batch is the one that failed; nothing could come back to its outputs.
+            calls += [call for call in self.calls if call.micro_step == self._micro_step and not call.output_grads][-1:]
+        calls = calls or list(self.calls)
+        numbers = {call.batch for call in calls}
+        chosen = [batch.value for batch in self._batches if batch.number in numbers]
+        start = self._start if not calls or calls[0] is self.calls[0] else self._latest
+        return chosen or [batch.value for batch in self._batches], calls, start
+
+    @property
+    def start(self) -> Start | None:
+        """Where the step began, as far as a forward was seen."""
+        return self._start
+
+
+def versions(*values: Any) -> list[int]:
+    """Version counters of all tensors inside: how often they were written to."""
+    return [tensor._version for tensor in _tensors(values)]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
