@@ -87,15 +87,20 @@ class Verdict:
 
     Attributes:
         certainty: tested where an experiment flipped the outcome.
-        text: One or two sentences.
+        sentences: The conclusion, one statement each, lower case.
         flipped: Names of the changes that made the step finite.
         unmoved: Names of the changes that did not.
     """
 
     certainty: Certainty
-    text: str
+    sentences: tuple[str, ...]
     flipped: tuple[str, ...] = ()
     unmoved: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All of it on one line."""
+        return ". ".join(self.sentences)
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,17 @@ def decide(
     flipped = tuple(result.name for result in experiments if result.outcome and result.outcome.is_finite)
     unmoved = tuple(result.name for result in experiments if result.outcome and not result.outcome.is_finite)
     if baseline is None:
-        return Verdict("unknown", "the step was not run")
-    if is_legacy and not is_captured:
-        return Verdict("unknown", f"{_legacy_result(baseline, grid)}; {LEGACY_LIMITS}", flipped, unmoved)
+        return Verdict("unknown", ("the step was not run",))
+    limits = (LEGACY_LIMITS,) if is_legacy and not is_captured else ()
+    if baseline.is_finite and limits:
+        return Verdict("unknown", (_legacy_result(baseline, grid), *limits), flipped, unmoved)
     if baseline.is_finite:
         text = "the step is finite when it is run again: what made it fail is not in the capture, or did not recur"
-        return Verdict("unknown", text, flipped, unmoved)
+        return Verdict("unknown", (text,), flipped, unmoved)
     culprits = [result for result in experiments if result.name in flipped and result.family in ("offender", "model")]
     tested: Certainty = "tested" if culprits else ("observed" if finding and finding.cause != "unknown" else "unknown")
     parts = [_cause(finding, culprits), *_masks(experiments), *_data(experiments, grid)]
-    return Verdict(tested, ". ".join(part for part in parts if part), flipped, unmoved)
+    return Verdict(tested, (*parts, *limits), flipped, unmoved)
 
 
 def _legacy_result(baseline: StepOutcome, grid: Sequence[GridCell]) -> str:
@@ -72,14 +73,14 @@ def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
     unmoved = [r.title for r in tried if r.outcome and not r.outcome.is_finite]
     hidden = [r.title for r in tried if r.outcome and r.outcome.is_finite]
     if unmoved:
-        parts.append(f"No effect: {'; '.join(unmoved)}")
+        parts.append(f"no effect: {'; '.join(unmoved)}")
     if hidden:
-        parts.append(f"Finite, but a mask: {'; '.join(hidden)}")
+        parts.append(f"finite, but a mask: {'; '.join(hidden)}")
     precise = [r for r in experiments if r.family == "precision" and r.outcome is not None]
     for result in precise:
         finite = result.outcome is not None and result.outcome.is_finite
         parts.append(
-            f"{_capital(result.title)} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}"
+            f"{result.title} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}"
         )
     return parts
 
@@ -89,20 +90,16 @@ def _data(experiments: Sequence[ExperimentResult], grid: Sequence[GridCell]) -> 
     samples = [r for r in experiments if r.family == "data" and r.outcome is not None]
     moved = [r.title for r in samples if r.outcome and r.outcome.is_finite]
     if samples:
-        parts.append(f"Finite with {_either(moved)}" if moved else "No single replaced sample makes it finite")
+        parts.append(f"finite with {_either(moved)}" if moved else "no single replaced sample makes it finite")
     fresh = [cell for cell in grid if cell.weights == "fresh" and cell.batch == "bad"]
     if fresh:
         finite = sum(1 for cell in fresh if cell.outcome.is_finite)
-        parts.append(f"On fresh weights the same batch is finite with {finite} of {len(fresh)} seeds")
+        parts.append(f"on fresh weights the same batch is finite with {finite} of {len(fresh)} seeds")
     control = [cell for cell in grid if cell.weights != "fresh" and cell.batch == "control"]
     words = {True: "finite", False: "non-finite too"}
-    parts += [f"On these weights the control batch is {words[cell.outcome.is_finite]}" for cell in control]
+    parts += [f"on these weights the control batch is {words[cell.outcome.is_finite]}" for cell in control]
     return parts
 
 
 def _either(titles: Sequence[str]) -> str:
     return ", or with ".join(titles)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -83,6 +83,7 @@ def _spectrum(forward: FocusedOp, mask: Tensor) -> Spectrum | None:
     dtype = str(values.dtype).removeprefix("torch.")
     return Spectrum(
         matrix_index=matrix,
+        matrix_position=tuple(int(i) for i in torch.unravel_index(torch.tensor(matrix), values.shape[:-1])),
         num_matrices=len(flat),
         num_tied=int((smallest == 0).sum()),
         values=tuple(row),

@@ -26,6 +26,7 @@ class Spectrum:
 
     Attributes:
         matrix_index: Position of the matrix in the batch of matrices, flattened.
+        matrix_position: The same as an index into the batch's own dimensions, sample first.
         num_matrices: Matrices in the batch.
         num_tied: Matrices of the batch with two exactly equal values.
         values: All values of this matrix.
@@ -37,6 +38,7 @@ class Spectrum:
     """
 
     matrix_index: int
+    matrix_position: tuple[int, ...]
     num_matrices: int
     num_tied: int
     values: tuple[float, ...]

@@ -64,7 +64,7 @@ def _print_sections(report: Report, console: Console) -> None:
         for skip in report.skips:
             _wrapped(console, f"{skip.what}: {skip.reason}", "  - ")
     _section(console, f"verdict: {report.verdict.certainty}")
-    for sentence in report.verdict.text.split(". "):
+    for sentence in report.verdict.sentences:
         _wrapped(console, sentence, "  - ")
     console.print()
     console.print(_text(f"{count(report.num_steps, 'step')} run in {report.seconds:.1f} s", "dim"))
@@ -134,18 +134,19 @@ def _print_grid(grid: Iterable[GridCell], console: Console) -> None:
 
 
 def _print_experiments(experiments: Iterable[ExperimentResult], console: Console) -> None:
-    table = _table("step", "zero grads", "changed")
+    table = _table("step", "grad norm", "zero grads", "changed")
     for result in experiments:
         if result.outcome is None:
-            table.add_row(_word("not run"), "", _text(f"{result.title} ({result.skipped})"))
+            table.add_row(_word("not run"), "", "", _text(f"{result.title} ({result.skipped})"))
             continue
         outcome = result.outcome
         finite = outcome.is_finite
         mask = " (mask)" if finite and result.family == "mask" else ""
         word = _word("finite", mask) if finite else _word("NON-FINITE", f" ({outcome.failed_phase})")
-        zero = f"{outcome.num_zero_gradients} of {outcome.gradients.num_tensors}" if finite else ""
+        norm = f"{outcome.gradient_norm:.3g}" if finite else ""
+        zero = f"{outcome.num_zero_gradients}/{outcome.gradients.num_tensors}" if finite else ""
         note = f" ({result.note})" if finite and result.note else ""
-        table.add_row(word, zero, _text(f"{result.title}{note}"))
+        table.add_row(word, norm, zero, _text(f"{result.title}{note}"))
     console.print(Padding(table, (0, 0, 0, 2)))
 
 

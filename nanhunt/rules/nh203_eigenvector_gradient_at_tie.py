@@ -22,7 +22,6 @@ References:
     Magnus 1985, "On differentiating eigenvalues and eigenvectors", Econometric Theory 1(2).
 """
 
-from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Spectrum
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -38,34 +37,30 @@ def _judge(case: Case) -> Judgement | None:
         return None
     group = spectrum.tied[0]
     value = spectrum.values[group[0]]
+    noun = "singular value" if case.op.forward_op == "aten::_linalg_svd" else "eigenvalue"
     rows = ", ".join(str(row) for row in sorted(spectrum.rows[:6]))
     more = f" and {len(spectrum.rows) - 6} more" if len(spectrum.rows) > 6 else ""
-    positions = " and ".join(str(position) for position in group)
+    where = f"matrix {spectrum.matrix_index:,} of {spectrum.num_matrices:,}"
     return Judgement(
-        f"eigenvalue gap 0 at graph {spectrum.matrix_index} of {spectrum.num_matrices:,}: "
-        f"values {positions} are both {value:.9g}"
-        if len(group) == 2
-        else f"eigenvalue gap 0 at graph {spectrum.matrix_index} of {spectrum.num_matrices:,}: "
-        f"values {positions} are all {value:.9g}",
+        f"{noun} gap 0 at {where}, rows {rows}{more} tied",
         evidence={
-            "matrix_index": spectrum.matrix_index,
+            "matrix_position": list(spectrum.matrix_position),
             "tied_positions": list(group),
-            "eigenvalue": value,
-            "nodes_tied": sorted(spectrum.rows),
+            noun.replace(" ", "_"): value,
+            "rows_tied": sorted(spectrum.rows),
             "spacing_of_floats_there": spectrum.eps,
             "num_tied_matrices": spectrum.num_tied,
             "num_matrices": spectrum.num_matrices,
             "median_min_gap": spectrum.median_min_gap,
         },
         notes=(
-            f"the tied eigenvectors live on nodes {rows}{more}",
-            f"{count(spectrum.num_tied, 'matrix', 'matrices')} of {spectrum.num_matrices:,} "
-            f"exactly tied; median smallest gap {spectrum.median_min_gap:.2g}",
-            "the backward pass divides by the gap between eigenvalues; the forward pass is finite",
+            f"{noun}s {' and '.join(str(position) for position in group)} of that matrix are equal to the last bit; "
+            "their vectors live on the rows named",
+            f"the backward pass divides by the gap between {noun}s; the forward pass is finite",
         ),
         help=(
-            "detach the eigenvectors, if the model only needs them as features",
-            "adding eps to the diagonal moves all eigenvalues alike and leaves the gap at 0",
+            "detach the vectors, if the model only needs them as features",
+            f"adding eps to the diagonal moves all {noun}s alike: the gap stays what it is",
         ),
     )
 
@@ -81,7 +76,8 @@ _DIV = OpRecord(
 
 
 def _with_values(values: tuple[float, ...], tied: tuple[tuple[int, ...], ...]) -> Case:
-    spectrum = Spectrum(1, 2, len(tied), values, tied, 0.0 if tied else 1e-6, 0.01, (0, 2) if tied else (), 1.2e-7)
+    rows = (0, 2) if tied else ()
+    spectrum = Spectrum(1, (1,), 2, len(tied), values, tied, 0.0 if tied else 1e-6, 0.01, rows, 1.2e-7)
     return Case(_DIV, OffenderEvidence(2, ((1, 0, 1), (1, 1, 0)), (float("nan"),) * 2, spectrum=spectrum))
 
 

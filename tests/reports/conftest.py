@@ -111,9 +111,11 @@ def full_report() -> Report:
         determinism=Determinism("bit-identical", "loss and 74 of 74 gradients"),
         verdict=Verdict(
             "tested",
-            "eigenvector-gradient-at-tied-spectrum: with the positional encoding detached the same step is finite. "
-            "nan_to_num (mask) makes it finite as well, with 74 of 74 gradients zero. "
-            "The batch alone does not explain it: captured weights, control batch, is finite",
+            (
+                "eigenvector-gradient-at-tied-spectrum: with the positional encoding detached the same step is finite",
+                "nan_to_num (mask) makes it finite as well, with 74 of 74 gradients zero",
+                "the batch alone does not explain it: captured weights, control batch, is finite",
+            ),
             flipped=("detach-offender", "nan-to-num"),
             unmoved=("float64", "other-batch", "groups"),
         ),

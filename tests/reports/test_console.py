@@ -33,7 +33,7 @@ def bare_report() -> Report:
         experiments=(),
         baseline=None,
         determinism=Determinism("unknown"),
-        verdict=Verdict("unknown", "the step was not run"),
+        verdict=Verdict("unknown", ("the step was not run",)),
     )
 
 
@@ -76,9 +76,9 @@ def test_every_fact_of_the_report_is_in_the_text(full_report):
 def test_what_is_finite_non_finite_or_not_run_is_told_without_colour(full_report):
     rows = console.render(full_report).splitlines()
     told = {
-        "positional encoding detached": "finite 0 of 74",
+        "positional encoding detached": "finite 0.81 0/74",
         "weights and batch in float64": "NON-FINITE (backward)",
-        "nan_to_num on": "finite (mask) 74 of 74",
+        "nan_to_num on": "finite (mask) 0 74/74",
         "sample 3 replaced": "NON-FINITE (forward)",
         "learning rate a tenth": "not run",
         "no weight decay": "NON-FINITE (step)",
@@ -130,7 +130,7 @@ def test_text_from_a_file_is_shown_as_it_is_and_never_obeyed(data):
         experiments=(),
         baseline=None,
         determinism=Determinism("differs", data.draw(words)),
-        verdict=Verdict("unknown", finding_text),
+        verdict=Verdict("unknown", (finding_text,)),
         skips=(Skip(data.draw(words), data.draw(words)),),
     )
     assert_plain(console.render(report))

@@ -52,6 +52,7 @@ def _diagonal_shift(line: SourceLine, op: str, shift: float) -> Change:
         f"{shift:g} added to the diagonal before {op.removeprefix('aten::').strip('_')}",
         "mask",
         around=lambda: Substitution(line, op, inputs=shifted),
+        note="in exact arithmetic the gap stays 0; only the rounding changed",
     )
 
 
