@@ -79,8 +79,8 @@ def _scan_chunks(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_S
     b = b_STN.reshape(num_sequences * num_chunks, CHUNK, num_states)
     c = c_STN.reshape(num_sequences * num_chunks, CHUNK, num_states)
 
-    # Back to unscaled before the carry: its gradients multiply states by the gradients of states, and the product of two
-    # scaled ones would overflow.
+    # Back to unscaled before the carry: its gradients multiply states by the gradients of states, and the product of
+    # two scaled ones would overflow.
     to_end = (last - middle).exp().repeat_interleave(head_dim, dim=-1).unsqueeze(2)
     to_middle = middle.exp().repeat_interleave(head_dim, dim=-1).unsqueeze(2)
     added = torch.bmm(b.mT, scaled).view(num_sequences, num_chunks, num_states, num_heads * head_dim) * to_end

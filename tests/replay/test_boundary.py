@@ -199,6 +199,29 @@ def test_step_with_dropout_and_batch_norm_replays_bit_for_bit(fault: str, micro_
     assert len(read_capture(path).batches) == micro_steps
 
 
+@pytest.mark.parametrize("passed_backward", [False, True])
+def test_step_after_one_that_the_loop_dropped_replays_bit_for_bit(passed_backward: bool, tmp_path: Path):
+    whole, model = Whole("backward"), Net()
+    optimizer = whole.optimizer(model)
+    with nanhunt.watch(model, optimizer, out_dir=tmp_path, target="x", on_fault="skip") as hunt:
+        for position, batch in enumerate(hunt.batches(batches(3))):
+            optimizer.zero_grad()
+            model.fault = "backward" if position == 2 else ""
+            loss = whole.loss(model, batch)
+            if position == 1 and not passed_backward:
+                continue
+            loss.backward()
+            if position == 2:
+                with pytest.warns(RuntimeWarning, match="non-finite"):
+                    optimizer.step()
+            elif position == 0:
+                optimizer.step()
+
+    path = hunt.faults[0].capture
+    assert len(read_capture(path).batches) == 1
+    assert replayed(path, whole)[1] == Determinism("bit-identical", "loss and 6 of 6 gradients")
+
+
 def test_replay_is_the_same_however_often_it_runs(tmp_path: Path):
     replayer = Replayer(
         read_capture(captured(tmp_path, Whole("backward"), name="x")), Target("test", Whole("backward"))
