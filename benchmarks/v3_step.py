@@ -17,6 +17,7 @@ import torch
 
 from detector.config import FS_HZ, PRESETS
 from detector.losses import focal_loss
+from detector.memory import keep_freed_memory
 from detector.model import SeizureDetector
 
 NUM_WARM_UPS = 2
@@ -58,6 +59,7 @@ def main() -> None:
     """Runs the benchmark and prints a table."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `nanhunt train` does
     torch.manual_seed(0)
     model = SeizureDetector(PRESETS[arguments.preset].model)
     samples = round(arguments.seconds * FS_HZ)

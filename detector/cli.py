@@ -54,12 +54,14 @@ def train(
         raise NanhuntError(f"--on-fault is raise, skip or record, not {on_fault!r}")
     import torch
 
+    from detector.memory import keep_freed_memory
     from detector.train import Trainer
 
     if threads is not None:
         torch.set_num_threads(threads)
     batches = _batches(config, data)
-    trainer = Trainer(config)
+    keep_freed_memory()
+    trainer = Trainer(config, target_name=f"detector.{preset}")
     try:
         _run(trainer, batches, steps, out=out, on_fault=on_fault, trace_finite=trace_finite)
     except KeyboardInterrupt:

@@ -10,9 +10,11 @@ Source:
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from detector.mamba_cuda import fused_mixer, has_fused_kernel
@@ -20,8 +22,9 @@ from detector.mamba_cuda import fused_mixer, has_fused_kernel
 CHUNK = 8
 """Steps per chunk: the longest whose scaled decays leave float32 room for the values; see ``ssd_scan``."""
 
-MAX_TEMPORARY_BYTES = 30_000_000
-"""Largest intermediate tensor on the CPU; glibc hands anything over 32 MiB back to the kernel after every use."""
+MAX_TEMPORARY_BYTES = 12_000_000
+"""Largest intermediate tensor on the CPU. Anything over 32 MiB goes back to the kernel after every use and is faulted in
+again; a few of this size still share the last-level cache."""
 
 
 def ssd_scan(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_STN: Tensor, d_H: Tensor) -> Tensor:
@@ -84,23 +87,40 @@ def _scan_chunks(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_S
     to_end = (last - middle).exp().repeat_interleave(head_dim, dim=-1).unsqueeze(2)
     to_middle = middle.exp().repeat_interleave(head_dim, dim=-1).unsqueeze(2)
     added = torch.bmm(b.mT, scaled).view(num_sequences, num_chunks, num_states, num_heads * head_dim) * to_end
-    carried = (_carry(added, last.exp().repeat_interleave(head_dim, dim=-1)) * to_middle).flatten(0, 1)
+    carried = (_Carry.apply(added, last.exp().repeat_interleave(head_dim, dim=-1)) * to_middle).flatten(0, 1)
     y = torch.baddbmm(torch.bmm(c, carried), torch.bmm(c, b.mT).tril(), scaled)
     y = y.view(num_sequences, num_chunks, CHUNK, num_heads, head_dim)
     y = y * (log_decay - middle.unsqueeze(2)).exp().unsqueeze(-1)
     return y.reshape(num_sequences, length, num_heads * head_dim)
 
 
-def _carry(added_SKNC: Tensor, decay_SKC: Tensor) -> Tensor:
-    """State before each chunk: ``h_0 = 0``, ``h_{k+1} = decay_k h_k + added_k``."""
-    num_states = added_SKNC.shape[2]
-    # Flat and expanded beforehand: the loop is short operations on contiguous memory, forward and backward.
-    additions = added_SKNC.flatten(2).unbind(1)
-    decays = decay_SKC.repeat(1, 1, num_states).unbind(1)
-    states = [torch.zeros_like(additions[0])]
-    for addition, decay in zip(additions[:-1], decays[:-1], strict=True):
-        states.append(torch.addcmul(addition, states[-1], decay))
-    return torch.stack(states, dim=1).view_as(added_SKNC)
+class _Carry(torch.autograd.Function):
+    """State before each chunk: ``h_0 = 0``, ``h_{k+1} = decay_k h_k + added_k``.
+
+    Takes added (S, K, N, C) and decay (S, K, C), gives states (S, K, N, C). The backward pass is written by hand: the same
+    recurrence in reverse, into one tensor, where autograd would keep and join one gradient per chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, added_SKNC: Tensor, decay_SKC: Tensor) -> Tensor:
+        states = torch.empty_like(added_SKNC)
+        decay = decay_SKC.unsqueeze(2)
+        states[:, 0] = 0
+        for k in range(1, states.shape[1]):
+            torch.addcmul(added_SKNC[:, k - 1], states[:, k - 1], decay[:, k - 1], out=states[:, k])
+        ctx.save_for_backward(states, decay)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SKNC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        states, decay = ctx.saved_tensors
+        # What is added in chunk k is first seen in the state before chunk k + 1; after the last nobody sees it.
+        d_added = torch.empty_like(states)
+        d_added[:, -1] = 0
+        for k in range(states.shape[1] - 1, 0, -1):
+            torch.addcmul(grad_SKNC[:, k], d_added[:, k], decay[:, k], out=d_added[:, k - 1])
+        return d_added, (d_added * states).sum(2)
 
 
 def ssd_scan_sequential(
@@ -191,9 +211,9 @@ class Mamba2(nn.Module):
         if u_STD.is_cuda and has_fused_kernel():
             return fused_mixer(self, self.in_proj(u_STD))
         gate, dt, mixed = self._project(u_STD)
-        # Apart, so that x is contiguous: a strided x nearly triples the time of a broadcast product.
-        x, bc = (F.silu(part) for part in mixed.split([self.d_inner, 2 * self.d_state], dim=-1))
-        b, c = bc.chunk(2, dim=-1)
+        x, b, c = F.silu(mixed).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        # A strided x nearly triples the time of a broadcast product.
+        x = x.contiguous()
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
         rates = -self.A_log.to(wide).exp()

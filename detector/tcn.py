@@ -13,8 +13,9 @@ UPSAMPLING_KERNEL = 4
 class TcnEncoder(nn.Module):
     """Dilated, non-causal convolutions that halve the rate once per stage.
 
-    Each stage has two layers of convolution, ReLU and dropout. The first has stride 2 and dilation ``2^s | 1``, the
-    second, at the halved rate, dilation ``2^s``: in input samples ``4^s`` (the next odd multiple) and ``2 * 4^s``, the
+    Each stage has two layers of convolution, ReLU and dropout of whole channels (neighbouring samples are too alike
+    for single dropped ones to matter, and drawing them takes longer than the convolution). The first has stride 2 and
+    dilation ``2^s | 1``, the second, at the halved rate, dilation ``2^s``: in input samples ``4^s`` (the next odd multiple) and ``2 * 4^s``, the
     dilations 1, 2, 4, ... 128 of eight layers at full rate. The receptive field is 1615 samples, 6.3 s at 256 Hz (1531
     at full rate). The strided dilation is odd because an even one reads every second sample only, and half of what the
     stage before it computed would be lost.
@@ -38,7 +39,7 @@ class TcnEncoder(nn.Module):
         for stage, channels in enumerate(config.tcn_channels):
             for stride, dilation in ((2, 2**stage | 1), (1, 2**stage)):
                 layers += [_conv(width, channels, config.tcn_kernel_size, stride, dilation), nn.ReLU()]
-                layers.append(nn.Dropout(config.tcn_dropout))
+                layers.append(nn.Dropout1d(config.tcn_dropout))
                 width = channels
         self.layers = nn.Sequential(*layers)
 
