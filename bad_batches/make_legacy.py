@@ -1,7 +1,7 @@
 """Writes the legacy form of a capture: the batch and the step number, and nothing else.
 
-That is what the original trainer saved: a dictionary of ``windows``, ``labels`` and ``global_step``. The values are those of
-the capture, untouched.
+That is what the original trainer saved: a dictionary of ``windows``, ``labels`` and ``global_step``. The values are
+those of the capture, untouched.
 
     python bad_batches/make_legacy.py bad_batches/bad_batch_000019.pt bad_batches/legacy_bad_batch_000019.pt
 """

@@ -22,6 +22,7 @@ def run(*command: str) -> tuple[float, int]:
 
 
 def main() -> None:
+    """Trains, replays, and prints what the replay took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", default="0")
     parser.add_argument("--steps", default="60")
@@ -43,7 +44,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     size = captures[0].stat().st_size / 1e6
     note = "" if peak > before else " (the training's; the replay stayed below it)"
-    print(f"replay of {captures[0].name} ({size:.0f} MB): {seconds:.1f} s, exit code {code}, peak {peak / 2**20:.2f} GiB{note}")
+    taken = f"{seconds:.1f} s, exit code {code}, peak {peak / 2**20:.2f} GiB{note}"
+    print(f"replay of {captures[0].name} ({size:.0f} MB): {taken}")
 
 
 if __name__ == "__main__":

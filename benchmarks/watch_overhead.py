@@ -1,8 +1,8 @@
 """What ``nanhunt.watch`` costs: a watched V3 step against an unwatched one, interleaved in one run.
 
-Each round runs both steps in random order on one thread and takes the ratio of their process CPU times; the table gives the
-median and quartiles of the ratios. The row "twice unwatched" is the noise of the method. The last row is the time spent
-inside the sentinel's own hooks as a share of the step, which is free of that noise.
+Each round runs both steps in random order on one thread and takes the ratio of their process CPU times; the table
+gives the median and quartiles of the ratios. The row "twice unwatched" is the noise of the method. The last row is the
+time spent inside the sentinel's own hooks as a share of the step, which is free of that noise.
 
     python benchmarks/watch_overhead.py [--rounds 15] [--preset v3]
 """
@@ -49,6 +49,7 @@ class TimedWatch(nanhunt.Watch):
 
 
 def main() -> None:
+    """Runs the benchmark and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--preset", default="v3")
@@ -96,12 +97,14 @@ def main() -> None:
             step()
             inside.append(hunt.seconds - before)
     base = statistics.median(steps)
-    print(f"{options.preset}, batch 1, {len(list(model.parameters()))} parameter tensors, 1 thread, {options.rounds} rounds")
+    number = len(list(model.parameters()))
+    print(f"{options.preset}, batch 1, {number} parameter tensors, 1 thread, {options.rounds} rounds")
     print(f"unwatched step                 {base:.3f} s CPU")
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
         print(f"{name:<30} x{middle:.4f}  [{low:.4f}, {high:.4f}]")
-    print(f"inside the sentinel's hooks    {statistics.median(inside) * 1e3:.2f} ms, {statistics.median(inside) / base:.3%} of the step")
+    cost = statistics.median(inside)
+    print(f"inside the sentinel's hooks    {cost * 1e3:.2f} ms, {cost / base:.3%} of the step")
 
 
 if __name__ == "__main__":

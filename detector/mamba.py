@@ -23,8 +23,8 @@ CHUNK = 8
 """Steps per chunk: the longest whose scaled decays leave float32 room for the values; see ``ssd_scan``."""
 
 MAX_TEMPORARY_BYTES = 12_000_000
-"""Largest intermediate tensor on the CPU. Anything over 32 MiB goes back to the kernel after every use and is faulted in
-again; a few of this size still share the last-level cache."""
+"""Largest intermediate tensor on the CPU. Anything over 32 MiB goes back to the kernel after every use and is faulted
+in again; a few of this size still share the last-level cache."""
 
 
 def ssd_scan(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_STN: Tensor, d_H: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def _scan_chunks(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_S
 class _Carry(torch.autograd.Function):
     """State before each chunk: ``h_0 = 0``, ``h_{k+1} = decay_k h_k + added_k``.
 
-    Takes added (S, K, N, C) and decay (S, K, C), gives states (S, K, N, C). The backward pass is written by hand: the same
-    recurrence in reverse, into one tensor, where autograd would keep and join one gradient per chunk.
+    Takes added (S, K, N, C) and decay (S, K, C), gives states (S, K, N, C). The backward pass is written by hand: the
+    same recurrence in reverse, into one tensor, where autograd would keep and join one gradient per chunk.
     """
 
     @staticmethod
@@ -113,7 +113,7 @@ class _Carry(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SKNC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_SKNC: Tensor) -> tuple[Tensor, Tensor]:
         states, decay = ctx.saved_tensors
         # What is added in chunk k is first seen in the state before chunk k + 1; after the last nobody sees it.
         d_added = torch.empty_like(states)

@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep the memory a step has freed for the next one, and says whether it took the setting.
 
     By default it hands the activations back to the kernel after every backward pass and has them faulted in again, page
-    by page, which costs about a twentieth of a full-size step. The setting holds for the whole process, so programs call
-    this and libraries do not.
+    by page, which costs about a twentieth of a full-size step. The setting holds for the whole process, so programs
+    call this and libraries do not.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -21,8 +21,8 @@ def parameter_groups(
         model: The model.
         weight_decay: Decay of the decayed group.
         decay_groups: ``by_module_type`` decays the weights of linear maps and convolutions and nothing else: by the
-            type of the owning module, since names lie (a layer called ``dbnet`` holds "bn", a norm may be called ``seq.1``).
-            ``single`` decays everything.
+            type of the owning module, since names lie (a layer called ``dbnet`` holds "bn", a norm may be called
+            ``seq.1``). ``single`` decays everything.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay_groups == "single":

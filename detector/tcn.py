@@ -14,11 +14,11 @@ class TcnEncoder(nn.Module):
     """Dilated, non-causal convolutions that halve the rate once per stage.
 
     Each stage has two layers of convolution, ReLU and dropout of whole channels (neighbouring samples are too alike
-    for single dropped ones to matter, and drawing them takes longer than the convolution). The first has stride 2 and
-    dilation ``2^s | 1``, the second, at the halved rate, dilation ``2^s``: in input samples ``4^s`` (the next odd multiple) and ``2 * 4^s``, the
-    dilations 1, 2, 4, ... 128 of eight layers at full rate. The receptive field is 1615 samples, 6.3 s at 256 Hz (1531
-    at full rate). The strided dilation is odd because an even one reads every second sample only, and half of what the
-    stage before it computed would be lost.
+    for single dropped ones to matter, and drawing them takes longer than the convolution). The first has stride 2
+    and dilation ``2^s | 1``, the second, at the halved rate, dilation ``2^s``: in input samples ``4^s`` (the next
+    odd multiple) and ``2 * 4^s``, the dilations 1, 2, 4, ... 128 of eight layers at full rate. The receptive field
+    is 1615 samples, 6.3 s at 256 Hz (1531 at full rate). The strided dilation is odd because an even one reads
+    every second sample only, and half of what the stage before it computed would be lost.
 
     Weights start normal with variance 2 / fan-in, so that activations keep their scale through eight layers without a
     norm; biases start at zero.

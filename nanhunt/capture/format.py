@@ -20,6 +20,7 @@ import json
 import os
 import pickle
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -304,7 +305,10 @@ def load_archive(path: Path) -> Any:
     _check_file(path)
     _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What torch warns of here is how the file was written, which the reader of this file cannot change.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CaptureError(
             f"{path} holds code or objects, not only tensors and plain data; refused without running it",

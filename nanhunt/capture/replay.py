@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from nanhunt.capture.environment import differences
 from nanhunt.capture.format import Capture, tensor_paths
 from nanhunt.capture.rng import rng_state, set_rng_state
 from nanhunt.capture.step import NO_CHANGE, Batches, Change, ReplayedStep, StepRun, optimizer_tensors
@@ -136,10 +137,8 @@ class Replayer:
         return Determinism("bit-identical", f"loss and {of_all}" if loss else of_all)
 
     def _environment_hint(self) -> str:
-        captured = self.capture.meta.get("environment", {})
-        if captured.get("torch") != torch.__version__:
-            return f" (captured with torch {captured.get('torch')}, replayed with {torch.__version__})"
-        return ""
+        differing = differences(self.capture.meta.get("environment", {}))
+        return f" ({differing})" if differing else ""
 
     def _build(self, seed: int | None, change: Change) -> tuple[nn.Module, Optimizer | None]:
         target = change.target or self.target

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanhunt.capture.format import Capture, checksum
 from nanhunt.capture.watch import canonical
-from nanhunt.errors import TargetError
+from nanhunt.errors import TargetError, first_line
 from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.finite import tally
 from nanhunt.records.steps import StepOutcome, Tally
@@ -105,19 +105,32 @@ class StepRun:
                 result |= self._after_backward()
                 phase = "step"
                 result |= self._step(checksums)
+        except TargetError:
+            raise
         except Exception as error:
+            if phase == "forward" and self.change is NO_CHANGE and not self._refuses_values(error):
+                raise TargetError(
+                    f"the captured batch does not fit target {self.target.name}: {first_line(error)}",
+                    help="check --target",
+                ) from error
             if phase == "forward":
                 result["loss"] = math.nan
-            result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".strip()
+            result["error"] = f"{type(error).__name__}: {first_line(error)}"
             result["failed_phase"] = phase
-            result["refused_values"] = isinstance(error, torch.linalg.LinAlgError)
-            if phase == "forward" and _is_misfit(error):
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise TargetError(
-                    f"the captured batch does not fit target {self.target.name}: {text}", help="check --target"
-                ) from error
+            result["refused_values"] = self._refuses_values(error)
         failed = result.pop("failed_phase", None) or self._first_nonfinite_phase(result)
         return ReplayedStep(StepOutcome(**result, failed_phase=failed), self.model, checksums)
+
+    def _refuses_values(self, error: Exception) -> bool:
+        """Whether an operation refused non-finite or singular values, which is an outcome.
+
+        Anything else that a forward pass raises says that batch and model do not belong together: the captured step got
+        through it, unless it is recorded that it did not.
+        """
+        text = str(error).lower()
+        crashed = bool(self.capture.meta.get("observed", {}).get("crash"))
+        words = ("nan", "inf ", "invalid values", "finite", "singular")
+        return isinstance(error, torch.linalg.LinAlgError) or crashed or any(word in text for word in words)
 
     def _losses(self, batches: Batches) -> Iterator[tuple[Any, Any]]:
         """The loss of each micro-step, or the model's outputs with the gradients that were recorded for them."""
@@ -256,12 +269,3 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[
         for key, value in state.items():
             if isinstance(value, Tensor):
                 yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value
-
-
-def _is_misfit(error: Exception) -> bool:
-    """Whether the step failed because batch and model do not belong together, which is no numerical outcome."""
-    text = str(error)
-    if isinstance(error, torch.linalg.LinAlgError) or "invalid values" in text or "nan" in text.lower():
-        return False
-    words = ("shape", "size of tensor", "channels", "must match", "must be a", "expected input", "dimension")
-    return isinstance(error, KeyError | TypeError | IndexError) or any(word in text for word in words)

@@ -13,9 +13,6 @@ NOTE on what it costs and what it keeps.
 
 import contextlib
 import math
-import os
-import platform
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nanhunt.capture.environment import autocast_state, environment
 from nanhunt.capture.format import Capture, checksum, plain, write_capture
 from nanhunt.capture.kept import KeptStep, ModelCall
 from nanhunt.capture.rng import rng_state
@@ -91,6 +89,7 @@ class Watch:
         scaler: Any = None,
         start_step: int = 0,
         trace_finite: bool = False,
+        max_captures: int = 20,
     ) -> None:
         if on_fault not in ("raise", "skip", "record"):
             raise ValueError(f"on_fault is 'raise', 'skip' or 'record', not {on_fault!r}")
@@ -103,6 +102,7 @@ class Watch:
         self._handles: list[Any] = []
         self._inner_backward: Callable[..., Any] | None = None
         self._control: list[Any] = []
+        self._num_captures, self._max_captures = 0, max_captures
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -144,7 +144,7 @@ class Watch:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            self._kept.note_call(self._model, args, kwargs, _autocast_state())
+            self._kept.note_call(self._model, args, kwargs, autocast_state())
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and self._kept.calls:
@@ -217,7 +217,10 @@ class Watch:
         module_fault = self._modules.fault() if self._modules is not None else None
         path, problem = None, ""
         try:
+            if self._num_captures >= self._max_captures:
+                raise CaptureError(f"this run has saved {self._max_captures} captures already")
             path = write_capture(self._capture(loss, gradients, named, crash), self._out_dir)
+            self._num_captures += 1
         except CaptureError as error:
             problem = str(error)
         fault = Fault(self.step, loss, gradients, path, problem, module_fault, crash)
@@ -279,7 +282,7 @@ class Watch:
                 "training": {name: module.training for name, module in self._model.named_modules()},
             },
             "optimizer": type(self._optimizer).__name__,
-            "autocast": calls[-1].autocast if calls else _autocast_state(),
+            "autocast": calls[-1].autocast if calls else autocast_state(),
             "observed": {
                 "loss": float(loss).hex() if math.isfinite(loss) else str(loss),
                 "gradients_nonfinite": gradients.tensors,
@@ -307,7 +310,8 @@ def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
             "record" goes on with the step. ``target``: what ``--target`` would be given to rebuild the model.
             ``config``: JSON data kept for that target. ``scaler``: the loop's ``GradScaler``, to be kept in the
             capture. ``start_step``: number of the first step. ``trace_finite``: also follow every module's output and
-            gradient (forward and tensor hooks, one read a step).
+            gradient (forward and tensor hooks, read only at a fault). ``max_captures``: files written at most, 20; what
+            fails after that is reported and not saved.
 
     Raises:
         ValueError: If ``on_fault`` is none of the three.
@@ -322,23 +326,6 @@ def canonical(tensor: Tensor) -> Tensor:
     if values.layout is not torch.strided:
         return values
     return torch.where(torch.isnan(values), torch.full_like(values, math.nan), values)
-
-
-def environment() -> dict[str, Any]:
-    """What a replay must match to be bit-identical."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "num_threads": torch.get_num_threads(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "default_dtype": str(torch.get_default_dtype()),
-        "flush_denormal": bool(torch.tensor(1e-40, dtype=torch.float32).mul(1.0).item() == 0.0),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "rank": int(os.environ.get("RANK", "0")),
-        "command": " ".join(Path(part).name if position == 0 else part for position, part in enumerate(sys.argv)),
-    }
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -358,11 +345,3 @@ def _stored(what: str, values: list[Any]) -> list[Any]:
 def _described(call: ModelCall) -> dict[str, Any]:
     gradients = {str(position): gradient for position, gradient in call.output_grads.items()}
     return {"args": list(call.args), "kwargs": call.kwargs, "output_grads": gradients}
-
-
-def _autocast_state() -> dict[str, Any]:
-    """Which device type is under autocast, and its dtype; empty if none is."""
-    for device in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device):
-            return {"device": device, "dtype": str(torch.get_autocast_dtype(device)).removeprefix("torch.")}
-    return {}

@@ -53,7 +53,8 @@ def replay(
     capture = read_capture(path)
     found = _target(target, capture)
     weights = read_checkpoint(Path(checkpoint)) if checkpoint is not None else None
-    session = _Session(capture, found, Replayer(capture, found, weights), num_seeds, progress)
+    replayer = Replayer(capture, found, weights)
+    session = _Session(replayer.capture, found, replayer, num_seeds, progress)
     started = time.perf_counter()
     try:
         session.run_all()

@@ -79,9 +79,7 @@ def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
     precise = [r for r in experiments if r.family == "precision" and r.outcome is not None]
     for result in precise:
         finite = result.outcome is not None and result.outcome.is_finite
-        parts.append(
-            f"{result.title} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}"
-        )
+        parts.append(f"{result.title} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}")
     return parts
 
 

@@ -181,7 +181,6 @@ def test_a_batch_whose_shape_does_not_fit(here, refusal):
     assert line.startswith("nanhunt: the captured batch does not fit target tiny_target:tiny: ")
 
 
-@pytest.mark.xfail(reason="a model's own ValueError about its input is taken for a non-finite step", strict=False)
 def test_a_batch_that_the_model_itself_refuses(here, refusal):
     legacy(here / "x.pt", (2, 5, 2560))
     line, _ = refusal("replay", "x.pt", "--target", "detector.small")

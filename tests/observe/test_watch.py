@@ -122,6 +122,19 @@ def test_record_goes_on_with_the_step(model: nn.Module, adam: Any, tmp_path: Pat
     assert (tmp_path / "bad_batch_000000.pt").exists()
 
 
+def test_a_run_that_stays_non_finite_does_not_fill_the_disk(model: nn.Module, adam: Any, tmp_path: Path):
+    with (
+        nanhunt.watch(model, adam, out_dir=tmp_path, on_fault="skip", max_captures=2) as hunt,
+        warns(match="is non-finite"),
+    ):
+        for _ in range(4):
+            one_step(model, adam, batch(bad=True))
+
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(hunt.faults) == 4
+    assert hunt.faults[-1].problem == "this run has saved 2 captures already"
+
+
 def test_what_to_do_at_a_fault_is_one_of_three(model: nn.Module, adam: Any):
     with pytest.raises(ValueError, match="on_fault is 'raise', 'skip' or 'record', not 'ignore'"):
         nanhunt.watch(model, adam, on_fault="ignore")
