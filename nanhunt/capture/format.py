@@ -186,7 +186,7 @@ def _outline(value: Any) -> str:
         return f"dict({', '.join(f'{key!r}: {_outline(item)}' for key, item in value.items())})"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__}({', '.join(_outline(item) for item in value)})"
-    return repr(value)
+    return repr(value) if isinstance(value, (*_AS_IS, str, int, float, bytes, torch.Size)) else type(value).__name__
 
 
 def write_capture(capture: Capture, folder: Path) -> Path:
