@@ -90,7 +90,7 @@ class TrainConfig:
     """
 
     window_s: float = 60.0
-    batch_size: int = 4
+    batch_size: int = 2
     learning_rate: float = 1e-4
     weight_decay: float = 0.05
     decay_groups: Literal["by_module_type", "single"] = "by_module_type"
@@ -143,10 +143,18 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
 
 V3 = DetectorConfig()
 
-# The incident trained with gradients through the eigendecomposition, one AdamW group and no finite check.
+# The incident trained with gradients through the eigendecomposition, one AdamW group and no finite check. Its warm-up was
+# a tenth of 100 epochs of 15,404 batches, so that for thousands of steps the weights hardly left their initial values.
 INCIDENT = DetectorConfig(
     model=replace(V3.model, pe_gradient="through_eigh", laplacian_shift=1e-5),
-    train=replace(V3.train, decay_groups="single", finite_check=False),
+    train=replace(
+        V3.train,
+        decay_groups="single",
+        finite_check=False,
+        learning_rate=5e-5,
+        warmup_steps=154_040,
+        schedule_steps=1_540_400,
+    ),
 )
 
 _SMALL_WIDTHS: dict[str, Any] = {
@@ -159,11 +167,14 @@ _SMALL_WIDTHS: dict[str, Any] = {
     "edge_d_state": 4,
     "edge_headdim": 1,
 }
-_SMALL_TRAINING: dict[str, Any] = {"window_s": 10.0, "learning_rate": 1e-3, "warmup_steps": 10}
+_SMALL_WINDOWS: dict[str, Any] = {"window_s": 10.0, "batch_size": 4}
 
-SMALL = DetectorConfig(model=replace(V3.model, **_SMALL_WIDTHS), train=replace(V3.train, **_SMALL_TRAINING))
+SMALL = DetectorConfig(
+    model=replace(V3.model, **_SMALL_WIDTHS),
+    train=replace(V3.train, **_SMALL_WINDOWS, learning_rate=1e-3, warmup_steps=10),
+)
 SMALL_INCIDENT = DetectorConfig(
-    model=replace(INCIDENT.model, **_SMALL_WIDTHS), train=replace(INCIDENT.train, **_SMALL_TRAINING)
+    model=replace(INCIDENT.model, **_SMALL_WIDTHS), train=replace(INCIDENT.train, **_SMALL_WINDOWS)
 )
 
 PRESETS: Mapping[str, DetectorConfig] = MappingProxyType(
