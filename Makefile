@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types contracts unit bench clean
+.PHONY: demo test lint types contracts unit bench full-size clean
 
 # The main job. Exit code 1 means "a fault was found", which is what this file is for.
 demo: .venv/installed
@@ -30,6 +30,10 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/v3_step.py
 	$(BIN)/python benchmarks/watch_overhead.py
 	$(BIN)/python benchmarks/full_size_replay.py
+
+# Trains the full-size incident until a step fails, and replays its capture.
+full-size: .venv/installed
+	$(BIN)/python benchmarks/full_size_replay.py --folder runs/full-size
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
