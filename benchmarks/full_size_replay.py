@@ -2,7 +2,7 @@
 
 Trains the preset ``incident`` until a step fails by itself, then replays its capture.
 
-    python benchmarks/full_size_replay.py [--seed 0] [--steps 60] [--folder FOLDER]
+    python benchmarks/full_size_replay.py [--seed 2] [--steps 60] [--folder FOLDER]
 """
 
 import argparse
@@ -24,7 +24,7 @@ def run(*command: str) -> tuple[float, int]:
 def main() -> None:
     """Trains, replays, and prints what the replay took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", default="0")
+    parser.add_argument("--seed", default="2")
     parser.add_argument("--steps", default="60")
     parser.add_argument("--folder", default="")
     options = parser.parse_args()

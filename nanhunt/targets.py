@@ -61,7 +61,10 @@ class Target:
         except NanhuntError:
             raise
         except Exception as error:
-            raise self._failed("cannot be built", error) from error
+            failed = self._failed("cannot be built", error)
+            if isinstance(self.source, type) and not issubclass(self.source, nn.Module):
+                failed.help = "it is a class: name an instance of it, as in `target = Target()`"
+            raise failed from error
         if not isinstance(model, nn.Module):
             raise TargetError(f"target {self.name} built a {type(model).__name__}, not a torch.nn.Module")
         return model

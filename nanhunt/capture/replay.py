@@ -21,6 +21,8 @@ from nanhunt.observe.exact import ExactTracer
 from nanhunt.records.steps import Determinism, StepOutcome
 from nanhunt.targets import Target
 
+_DEFAULT_DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
 
 class Replayer:
     """Runs the step of a capture as often as asked, each time from the captured state.
@@ -41,10 +43,15 @@ class Replayer:
         self._weights = checkpoint if checkpoint is not None else capture.payload.get("model")
         self._is_checkpoint = checkpoint is not None
         if self._weights is not None:
-            with _settings({}):
+            with _settings(capture.meta.get("environment", {})):
                 self._load(target.build(0), self._weights)
         if not self.capture.batches and not capture.payload.get("calls"):
             raise TargetError("the capture holds neither a batch nor the model's inputs", help="capture the step again")
+        if not self.capture.batches and not _has_way_back(self.capture):
+            raise TargetError(
+                "the capture holds no gradient of the model's outputs to go back from",
+                help="give a target with loss(model, batch), or a model whose outputs are tensors, lists or dicts",
+            )
         if self.capture.batches and not target.has_loss:
             raise TargetError(f"target {target.name} has no loss(model, batch), which this capture needs")
 
@@ -87,11 +94,14 @@ class Replayer:
             chosen = self.capture.batches if batches is None else batches
             if change.batches is not None:
                 chosen = change.batches(chosen)
+            capture = self.capture
             if change.dtype is not None:
                 chosen = tree_map(lambda leaf: _cast(leaf, change.dtype), chosen)
+                calls = tree_map(lambda leaf: _cast(leaf, change.dtype), capture.payload.get("calls", []))
+                capture = replace(capture, payload={**capture.payload, "calls": calls})
             if tracer is not None:
                 self._declare(tracer, model, optimizer, chosen)
-            run = StepRun(self.capture, self.target, model, optimizer, change=change, tracer=tracer)
+            run = StepRun(capture, self.target, model, optimizer, change=change, tracer=tracer)
             step = run.all_phases(chosen)
             if look_ahead:
                 step.next_outputs, step.next_error = run.next_forward(chosen)
@@ -132,7 +142,10 @@ class Replayer:
         differing = [name for name, value in checksums.items() if step.gradient_checksums.get(name) != value]
         if differing:
             share = f"{len(differing)} of {len(checksums)} gradients, first {differing[0]}"
-            return Determinism("differs", f"{'loss equal, ' if loss else ''}{share}{self._environment_hint()}")
+            hint = self._environment_hint()
+            if not hint and self.target.max_grad_norm is None:
+                hint = "; the target names no max_grad_norm: if the loop clips, so must the replay"
+            return Determinism("differs", f"{'loss equal, ' if loss else ''}{share}{hint}")
         of_all = f"{len(checksums)} of {len(checksums)} gradients"
         return Determinism("bit-identical", f"loss and {of_all}" if loss else of_all)
 
@@ -184,6 +197,12 @@ class Replayer:
                     f"{tuple(named[name].shape)} in the model",
                     help="check --target and its configuration",
                 )
+            if value.dtype != named[name].dtype and not self._is_checkpoint:
+                raise TargetError(
+                    f"the {what} does not fit target {self.target.name}: {name} is {value.dtype} there, "
+                    f"{named[name].dtype} in the model",
+                    help="convert the model in build(seed), as the loop did",
+                )
         _load_named(named, weights)
 
     def _declare(self, tracer: ExactTracer, model: nn.Module, optimizer: Optimizer | None, batches: Batches) -> None:
@@ -203,6 +222,12 @@ def _boundary(capture: Capture) -> Capture:
     return replace(capture, payload={**capture.payload, "batches": [], "control": []})
 
 
+def _has_way_back(capture: Capture) -> bool:
+    """Whether any output got a gradient; a step that ended in an error needs none."""
+    crashed = bool(capture.meta.get("observed", {}).get("crash"))
+    return crashed or any(call["output_grads"] for call in capture.payload.get("calls", []))
+
+
 def _same_error(error: str, captured: str) -> Determinism:
     """A step that ended in an error left no loss and no gradients to compare."""
     if error.endswith(captured):
@@ -212,15 +237,17 @@ def _same_error(error: str, captured: str) -> Determinism:
 
 @contextlib.contextmanager
 def _settings(environment: dict[str, Any]) -> Iterator[None]:
-    """The captured number of threads; the process's own settings and random numbers are put back afterwards."""
-    threads, state = torch.get_num_threads(), rng_state()
+    """The captured threads and default dtype; the process's own and its random numbers are put back afterwards."""
+    threads, dtype, state = torch.get_num_threads(), torch.get_default_dtype(), rng_state()
     if "num_threads" in environment:
         torch.set_num_threads(int(environment["num_threads"]))
+    torch.set_default_dtype(_DEFAULT_DTYPES.get(str(environment.get("default_dtype")), dtype))
     try:
         with torch.enable_grad():
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
         set_rng_state(state)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,13 @@ from nanhunt.records.steps import StepOutcome, Tally
 from nanhunt.targets import Target
 
 Batches = list[Any]
+
+_PLAIN = (
+    "captures hold plain containers: a named tuple comes back as a tuple; take it by position in loss(model, batch)"
+)
+
+# What operations say when they refuse values; as whole words, for "dominant" holds a "nan".
+_REFUSAL = re.compile(r"\b(nans?|inf|infinity|invalid values|(non-?)?finite|singular)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,9 @@ class StepRun:
             if phase == "forward" and self.change is NO_CHANGE and not self._refuses_values(error):
                 raise TargetError(
                     f"the captured batch does not fit target {self.target.name}: {first_line(error)}",
-                    help="check --target",
+                    help=_PLAIN
+                    if re.match(r"'(tuple|list|dict)' object has no attribute", str(error))
+                    else "check --target",
                 ) from error
             if phase == "forward":
                 result["loss"] = math.nan
@@ -127,10 +137,8 @@ class StepRun:
         Anything else that a forward pass raises says that batch and model do not belong together: the captured step got
         through it, unless it is recorded that it did not.
         """
-        text = str(error).lower()
         crashed = bool(self.capture.meta.get("observed", {}).get("crash"))
-        words = ("nan", "inf ", "invalid values", "finite", "singular")
-        return isinstance(error, torch.linalg.LinAlgError) or crashed or any(word in text for word in words)
+        return isinstance(error, torch.linalg.LinAlgError) or crashed or bool(_REFUSAL.search(str(error)))
 
     def _losses(self, batches: Batches) -> Iterator[tuple[Any, Any]]:
         """The loss of each micro-step, or the model's outputs with the gradients that were recorded for them."""
@@ -175,7 +183,9 @@ class StepRun:
             named = self._gradients()
         self.tracer.reached("gradient", named)
         with torch.no_grad(), _quiet(self.tracer):
-            norm = float(torch.linalg.vector_norm(torch.stack([g.norm().float() for _, g in named]))) if named else 0.0
+            # In float64: squares of large float32 gradients overflow where the gradients do not.
+            norms = [_wide(gradient).norm() for _, gradient in named]
+            norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
             zero = sum(1 for _, gradient in named if not bool(gradient.any()))
         with _quiet(self.tracer):
             counted = tally(named)
@@ -217,7 +227,7 @@ class StepRun:
                     call = self.capture.payload["calls"][-1]
                     self.model(*call["args"], **call["kwargs"])
         except Exception as raised:  # noqa: BLE001 - a model with NaN weights may raise anything; that is the answer
-            error = f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
+            error = f"{type(raised).__name__}: {first_line(raised)}"
         finally:
             handle.remove()
         return (tally((f"output {n}", tensor) for n, tensor in enumerate(seen)) if seen else None), error
@@ -253,6 +263,10 @@ class _NoTracer(contextlib.nullcontext[None]):
 
     def declare_result(self, name: str, tensor: Tensor, causes: Any) -> None:
         return None
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    return gradient.to(torch.complex128 if gradient.is_complex() else torch.float64)
 
 
 def _quiet(tracer: Any) -> contextlib.AbstractContextManager[Any]:

@@ -11,7 +11,6 @@ NOTE on what it costs and what it keeps.
    the loop has written into them since.
 """
 
-import contextlib
 import math
 import warnings
 from collections import deque
@@ -31,6 +30,7 @@ from nanhunt.capture.rng import rng_state
 from nanhunt.errors import CaptureError, NonFiniteStep, first_line
 from nanhunt.observe.finite import is_finite, stored_values, sums, tally
 from nanhunt.observe.modules import ModuleTracer
+from nanhunt.observe.source import user_frame
 from nanhunt.records.modules import ModuleFault
 from nanhunt.records.steps import Tally
 
@@ -95,7 +95,8 @@ class Watch:
             raise ValueError(f"on_fault is 'raise', 'skip' or 'record', not {on_fault!r}")
         self.step = start_step
         self.faults: deque[Fault] = deque(maxlen=100)
-        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._called, self._model = model, _unwrapped(model)
+        self._optimizer, self._scaler = optimizer, scaler
         self._out_dir, self._on_fault = Path(out_dir), on_fault
         self._target, self._config = target, dict(config) if config is not None else None
         self._modules = ModuleTracer(model) if trace_finite else None
@@ -123,8 +124,8 @@ class Watch:
         if self._modules is not None:
             self._modules.__enter__()
         self._handles = [
-            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._model.register_forward_hook(self._after_forward),
+            self._called.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self._called.register_forward_hook(self._after_forward),
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
@@ -204,8 +205,7 @@ class Watch:
 
     def _capture_crash(self, error: BaseException) -> None:
         """A decomposition that refuses its input ends the loop before any step; what led to it is kept all the same."""
-        with contextlib.suppress(NonFiniteStep):
-            self._handle_fault(first_line(error))
+        self._handle_fault(first_line(error))
         saved = self.faults[-1].capture
         error.add_note(f"nanhunt: saved {saved}; run: nanhunt replay {saved}" if saved else "nanhunt: not saved")
 
@@ -225,27 +225,31 @@ class Watch:
             problem = str(error)
         fault = Fault(self.step, loss, gradients, path, problem, module_fault, crash)
         self.faults.append(fault)
-        self._act_on(fault)
+        if not crash:
+            # After an error there is neither a step to skip nor one to go on with.
+            self._act_on(fault)
 
     def _loss(self) -> float:
         """The sum of the step's losses, without the loss scale."""
         losses = self._kept.losses
         scale = self._scaler.get_scale() if self._scaler is not None else 1.0
-        return sum(float(loss.float().sum()) for loss in losses) / scale if losses else math.nan
+        # Half precision would overflow in the sum; float64 is kept, for the replay compares to the last bit.
+        wide = [loss if loss.dtype == torch.float64 else loss.float() for loss in losses]
+        return sum(float(loss.sum()) for loss in wide) / scale if wide else math.nan
 
     def _act_on(self, fault: Fault) -> None:
         where = f"; saved {fault.capture}" if fault.capture else f"; not saved: {fault.problem}"
         if self._on_fault == "raise":
-            hint = f"nanhunt replay {fault.capture}" if fault.capture else "free some space and run again"
             raise NonFiniteStep(
-                fault.message,
+                fault.message if fault.capture else f"{fault.message}{where}",
                 step=fault.step,
                 capture=str(fault.capture) if fault.capture else None,
                 module_message=fault.module_fault.message if fault.module_fault else "",
-                help=f"run: {hint}" if fault.capture else hint,
+                help=f"run: nanhunt replay {fault.capture}" if fault.capture else "",
             )
         action = "skipped" if self._on_fault == "skip" else "going on"
-        warnings.warn(f"nanhunt: {fault.message}{where}; {action}", RuntimeWarning, stacklevel=4)
+        file, line, _ = user_frame() or (__file__, 0, "")
+        warnings.warn_explicit(f"nanhunt: {fault.message}{where}; {action}", RuntimeWarning, file, line)
         if self._on_fault == "skip":
             # An optimizer passes over parameters without a gradient, so neither weights nor moments move.
             for parameter in self._parameters():
@@ -326,6 +330,17 @@ def canonical(tensor: Tensor) -> Tensor:
     if values.layout is not torch.strided:
         return values
     return torch.where(torch.isnan(values), torch.full_like(values, math.nan), values)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model as a target builds it, without what ``torch.compile`` and DistributedDataParallel put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

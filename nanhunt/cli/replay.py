@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from nanhunt.findings import Report
+
 
 def replay(
     file: Annotated[Path, typer.Argument(help="The capture, as nanhunt.watch wrote it.", show_default=False)],
@@ -22,7 +24,8 @@ def replay(
 ) -> None:
     """Runs a captured step again, names the operation that made it non-finite, and tests why.
 
-    Exit code: 0 nothing non-finite was found, 1 a fault was found, 2 the file or the target cannot be used.
+    Exit code: 0 nothing non-finite was found, 1 a fault was found, 2 the file or the target cannot be used, 130 Ctrl-C
+    came before the step had run once.
 
     Examples:
       nanhunt replay debug/bad_batch_000019.pt
@@ -50,4 +53,13 @@ def replay(
     else:
         out = Console(highlight=False)
         console_report.print_report(report, Console(highlight=False, width=min(out.width, 100)))
-    raise typer.Exit(1 if report.findings else 0)
+    raise typer.Exit(_exit_code(report))
+
+
+def _exit_code(report: Report) -> int:
+    """1 for a fault, also one that no operation was found for; as a shell has it where Ctrl-C came before the step."""
+    if report.findings:
+        return 1
+    if report.baseline is None:
+        return 128 + 2
+    return 0 if report.baseline.is_finite else 1

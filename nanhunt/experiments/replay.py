@@ -11,7 +11,7 @@ from torch import Tensor
 from nanhunt.capture.format import Capture, load_archive, read_capture
 from nanhunt.capture.replay import Replayer
 from nanhunt.capture.step import Batches, Change, ReplayedStep
-from nanhunt.errors import CaptureError
+from nanhunt.errors import CaptureError, TargetError, first_line
 from nanhunt.experiments.changes import Diagnosis, proposed_changes
 from nanhunt.experiments.verdict import LEGACY_LIMITS, decide
 from nanhunt.findings import ChainLink, Finding, Report, Skip
@@ -24,6 +24,8 @@ from nanhunt.rules.registry import Case, judge
 from nanhunt.targets import Target, find_target
 
 Progress = Callable[[str], None]
+
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def replay(
@@ -77,9 +79,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise CaptureError(
             f"{path} holds no model weights", help="expected a state dict, or model_state_dict inside one"
         )
-    if all(name.startswith("module.") for name in content):
-        # DistributedDataParallel prefixes every name.
-        return {name.removeprefix("module."): value for name, value in content.items()}
+    # DistributedDataParallel and torch.compile each prefix every name.
+    while prefix := next((one for one in _WRAPPERS if all(name.startswith(one) for name in content)), ""):
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
 
 
@@ -116,6 +118,13 @@ class _Session:
         """Fresh weights stand in where none were captured."""
         return None if self.replayer.has_weights else 0
 
+    @property
+    def _no_batches(self) -> str:
+        """Why only the model's own inputs are replayed."""
+        if not self.target.has_loss:
+            return f"target {self.target.name} has no loss(model, batch): only the model's own inputs are replayed"
+        return "no batch was captured, only the model's own inputs"
+
     def run_all(self) -> None:
         self.progress("the captured step, under the exact tracer")
         step = self._traced()
@@ -144,6 +153,9 @@ class _Session:
         if offender is None:
             return
         evidence = None
+        # Without the offender's inputs no more than the place can be named; an interruption leaves at least that.
+        self.finding = judge(Case(offender, evidence, self.trace, self.capture.step))
+        self.chain = list(_chain(offender, self.trace, step))
         if isinstance(offender, OpRecord):
             self.progress("the same again, keeping the offender's inputs")
             wanted = [offender.index] + ([offender.forward_index] if offender.forward_index is not None else [])
@@ -156,12 +168,18 @@ class _Session:
             else:
                 self.skips.append(Skip("the offender's inputs", "the second replay took another course"))
         self.finding = judge(Case(offender, evidence, self.trace, self.capture.step))
-        self.chain = list(_chain(offender, self.trace, step))
 
     def _control(self) -> Batches:
         if self.capture.payload.get("control"):
             return list(self.capture.payload["control"])
-        made = self.target.control_batch(0) if self.capture.batches else None
+        if not self.capture.batches:
+            self.skips.append(Skip("the control batch", self._no_batches))
+            return []
+        try:
+            made = self.target.control_batch(0)
+        except TargetError as error:
+            self.skips.append(Skip("the control batch", error.message))
+            return []
         if made is None:
             self.skips.append(Skip("the control batch", "none was captured, and the target makes none"))
             return []
@@ -171,20 +189,27 @@ class _Session:
     def _run_grid(self, control: Batches) -> None:
         assert self.baseline is not None
         if not self.capture.batches:
-            self.skips.append(Skip("weights against batches", "no batch was captured, only the model's own inputs"))
+            self.skips.append(Skip("weights against batches", self._no_batches))
             return
         name: Any = self.replayer.weights_name
         if name:
             self.grid.append(GridCell(name, "bad", None, self.baseline))
             if control:
-                self.progress("captured weights, control batch")
-                self.grid.append(GridCell(name, "control", None, self.replayer.run(batches=control).outcome))
+                self._run_cell(f"{name} weights, control batch", name, "control", None, control)
         for seed in range(self.num_seeds):
-            for column, batches in (("bad", None), ("control", control)):
-                if batches is None or batches:
-                    self.progress(f"fresh weights (seed {seed}), {column} batch")
-                    outcome = self.replayer.run(seed=seed, batches=batches).outcome
-                    self.grid.append(GridCell("fresh", column, seed, outcome))  # type: ignore[arg-type]
+            self._run_cell(f"fresh weights (seed {seed}), bad batch", "fresh", "bad", seed, None)
+            if control:
+                self._run_cell(f"fresh weights (seed {seed}), control batch", "fresh", "control", seed, control)
+
+    def _run_cell(self, title: str, weights: Any, column: Any, seed: int | None, batches: Batches | None) -> None:
+        self.progress(title)
+        try:
+            outcome = self.replayer.run(seed=seed, batches=batches).outcome
+        except TargetError as error:
+            # The captured step itself did run: what is known of it is not to be lost over a comparison.
+            self.skips.append(Skip(title, error.message))
+            return
+        self.grid.append(GridCell(weights, column, seed, outcome))
 
     def _run_experiments(self, control: Batches) -> None:
         assert self.baseline is not None
@@ -206,7 +231,8 @@ class _Session:
         try:
             outcome = self.replayer.run(change=change, seed=self._base_seed).outcome
         except Exception as error:  # noqa: BLE001 - an experiment that cannot run is a skip with its reason
-            return ExperimentResult(change.name, change.title, change.family, None, skipped=_one_line(error))
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            return ExperimentResult(change.name, change.title, change.family, None, skipped=reason)
         if outcome.error and not outcome.refused_values:
             # It says something of the change, not of the fault: a call that was not found, a dtype that did not fit.
             return ExperimentResult(change.name, change.title, change.family, None, skipped=outcome.error)
@@ -250,9 +276,9 @@ def _chain(offender: Any, trace: Trace, step: ReplayedStep) -> Iterator[ChainLin
         yield ChainLink(f"{offender.op}{of}", f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
     else:
         facts = offender.facts
-        yield ChainLink(
-            f"{offender.kind} {offender.name}", f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}"
-        )
+        says_kind = offender.kind in ("batch", "output gradient")
+        what = offender.name if says_kind else f"{offender.kind} {offender.name}".strip()
+        yield ChainLink(what, f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
     later = (
         sum(1 for record in trace.ops if record.kind != "kill" and record.index > offender.index) + trace.num_dropped
     )
@@ -283,16 +309,13 @@ def _facts(
 ) -> Iterator[tuple[str, str]]:
     yield "step", str(capture.step)
     yield "target", target.name
-    if baseline is not None:
-        yield "loss", f"{baseline.loss:.6g}"
+    if baseline is not None and baseline.error:
+        yield "ended in", baseline.error
+    elif baseline is not None:
+        yield "loss", f"{baseline.loss:.6g}" if capture.batches else "not computed: only the model is replayed"
     if trace is not None:
         yield "operations", f"{trace.num_ops:,}"
     for position, batch in enumerate(capture.batches):
         sources = batch.get("sources") if isinstance(batch, dict) else None
         for sample, source in enumerate(sources or []):
             yield f"sample {sample}" if position == 0 else f"sample {position}.{sample}", str(source)
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}".strip()

@@ -10,8 +10,15 @@ from torch.utils._pytree import tree_map
 from nanhunt.observe.source import user_frame
 from nanhunt.records.ops import SourceLine
 
-# Python operators arrive under their own names.
-_OPERATORS = {"truediv": "div", "rtruediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul"}
+# Reflected operators and aliases arrive under their own names; a number over a tensor ends in ``reciprocal``.
+_OPERATORS = {
+    **{"true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"},
+    **{"rdiv": "reciprocal", "rsub": "sub", "rpow": "pow"},
+}
+
+# What an aten operation and the function that ends in it may differ in: ``norm`` ends in ``linalg_vector_norm``. Any
+# part of a name would be too much: ``exp`` is in ``expand``.
+_AFFIXES = {"linalg", "vector", "native", "cudnn", "miopen", "forward", "ex", "copy"}
 
 
 class Substitution(TorchFunctionMode):
@@ -54,7 +61,7 @@ class Substitution(TorchFunctionMode):
 
     def _is_meant(self, func: Any) -> bool:
         name = _bare(getattr(func, "__name__", ""))
-        if not name or not (name == self._op or name in self._op or self._op in name):
+        if not name or _core(name) != _core(self._op):
             return False
         frame = user_frame(2)
         return frame is not None and frame[:2] == self._place
@@ -68,6 +75,11 @@ def tensors_mapped(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
 
 
 def _bare(name: str) -> str:
-    """``linalg_eigh`` for ``aten::_linalg_eigh``; ``div`` for ``__truediv__``."""
+    """``linalg_eigh`` for ``aten::_linalg_eigh``; ``pow`` for ``__rpow__``."""
     bare = name.rpartition("::")[2].strip("_")
     return _OPERATORS.get(bare, bare)
+
+
+def _core(name: str) -> str:
+    """``norm`` for ``linalg_vector_norm``."""
+    return "_".join(part for part in name.split("_") if part not in _AFFIXES) or name

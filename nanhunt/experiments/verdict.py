@@ -38,12 +38,16 @@ def decide(
     limits = (LEGACY_LIMITS,) if is_legacy and not is_captured else ()
     if baseline.is_finite and limits:
         return Verdict("unknown", (_legacy_result(baseline, grid), *limits), flipped, unmoved)
+    if baseline.is_finite and finding is not None:
+        text = f"{finding.cause}: loss, gradients and weights stay finite, a buffer or the optimizer's state does not"
+        return Verdict(finding.certainty, (text,), flipped, unmoved)
     if baseline.is_finite:
         text = "the step is finite when it is run again: what made it fail is not in the capture, or did not recur"
         return Verdict("unknown", (text,), flipped, unmoved)
     culprits = [result for result in experiments if result.name in flipped and result.family in ("offender", "model")]
     tested: Certainty = "tested" if culprits else ("observed" if finding and finding.cause != "unknown" else "unknown")
-    parts = [_cause(finding, culprits), *_masks(experiments), *_data(experiments, grid)]
+    cause = _cause(finding, experiments, culprits) if finding else _no_cause(baseline)
+    parts = [cause, *_masks(experiments), *_data(experiments, grid)]
     return Verdict(tested, (*parts, *limits), flipped, unmoved)
 
 
@@ -55,16 +59,28 @@ def _legacy_result(baseline: StepOutcome, grid: Sequence[GridCell]) -> str:
     return f"on fresh weights the batch is finite with {finite} of {len(fresh)} seeds"
 
 
-def _cause(finding: Finding | None, culprits: Sequence[ExperimentResult]) -> str:
+def _no_cause(baseline: StepOutcome) -> str:
+    if baseline.error:
+        return (
+            f"no operation made a non-finite value that did harm before the step ended in {baseline.error.rstrip('.')}"
+        )
+    return "the step is non-finite, but no operation was seen to cause it"
+
+
+def _cause(finding: Finding, experiments: Sequence[ExperimentResult], culprits: Sequence[ExperimentResult]) -> str:
     if culprits:
         changed = " and, on its own, ".join(result.title for result in culprits)
-        cause = finding.cause if finding else "unknown"
-        return f"{cause}: the step becomes finite with {changed}"
-    if finding is None:
-        return "the step is non-finite, but no operation was seen to cause it"
+        return f"{finding.cause}: the step becomes finite with {changed}"
+    if not finding.location.op:
+        return f"{finding.cause} was observed: it was there before any operation of the replayed step"
+    tried = [r.title for r in experiments if r.outcome is not None and r.family in ("offender", "model")]
+    if tried:
+        reason = f"the step is still non-finite with {'; '.join(tried)}"
+    else:
+        reason = "no change that would take the operation out of the step could be run"
     if finding.cause == "unknown":
-        return "where it begins is known, why is not: no change to the offending operation was found to make it finite"
-    return f"{finding.cause} was observed; no experiment on the operation itself could be run"
+        return f"where it begins is known, why is not: {reason}"
+    return f"{finding.cause} was observed; {reason}"
 
 
 def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
@@ -73,13 +89,14 @@ def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
     unmoved = [r.title for r in tried if r.outcome and not r.outcome.is_finite]
     hidden = [r.title for r in tried if r.outcome and r.outcome.is_finite]
     if unmoved:
-        parts.append(f"no effect: {'; '.join(unmoved)}")
+        parts.append(f"still non-finite: {'; '.join(unmoved)}")
     if hidden:
         parts.append(f"finite, but a mask: {'; '.join(hidden)}")
     precise = [r for r in experiments if r.family == "precision" and r.outcome is not None]
     for result in precise:
         finite = result.outcome is not None and result.outcome.is_finite
-        parts.append(f"{result.title} is {'finite: it hangs on rounding' if finite else 'non-finite as well'}")
+        hangs = "finite: it hangs on the range or the rounding of the captured types"
+        parts.append(f"{result.title} is {hangs if finite else 'non-finite as well'}")
     return parts
 
 
@@ -88,7 +105,7 @@ def _data(experiments: Sequence[ExperimentResult], grid: Sequence[GridCell]) -> 
     samples = [r for r in experiments if r.family == "data" and r.outcome is not None]
     moved = [r.title for r in samples if r.outcome and r.outcome.is_finite]
     if samples:
-        parts.append(f"finite with {_either(moved)}" if moved else "no single replaced sample makes it finite")
+        parts.append(_samples(moved, len(samples)))
     fresh = [cell for cell in grid if cell.weights == "fresh" and cell.batch == "bad"]
     if fresh:
         finite = sum(1 for cell in fresh if cell.outcome.is_finite)
@@ -99,5 +116,9 @@ def _data(experiments: Sequence[ExperimentResult], grid: Sequence[GridCell]) -> 
     return parts
 
 
-def _either(titles: Sequence[str]) -> str:
-    return ", or with ".join(titles)
+def _samples(moved: Sequence[str], num_tried: int) -> str:
+    if not moved:
+        return "no single replaced sample makes it finite"
+    if len(moved) == num_tried > 1:
+        return f"finite with each of {num_tried} replacements of samples: no one sample carries it"
+    return f"finite with {', or with '.join(moved)}"

@@ -30,6 +30,7 @@ from nanhunt.observe.finite import (
     can_hold_nonfinite,
     first_nonfinite,
     is_finite,
+    nonfinite_kinds,
     unreadable_kind,
     value_facts,
 )
@@ -47,7 +48,7 @@ from nanhunt.observe.op_info import (
     op_name,
     written,
 )
-from nanhunt.observe.source import ForwardSite, user_frame
+from nanhunt.observe.source import ForwardSite, own_backward_line, user_frame
 from nanhunt.records.ops import OpRecord, Phase, Sink, StateSource, Trace
 
 MAX_RECORDS = 20_000
@@ -139,7 +140,7 @@ class ExactTracer(TorchDispatchMode):
             states = [self._memory.find(cause) for cause in causes if not is_finite(cause)]
             births = NO_BIRTHS.union(*(state.births for state in states if state)) - self._deliberate
             if not births:
-                self._declare_one("constant", name, tensor)
+                self._declare_one("output gradient", name, tensor)
             elif not is_finite(tensor):
                 self._memory.add(tensor).births = births
 
@@ -237,11 +238,11 @@ class ExactTracer(TorchDispatchMode):
 
     def _read_tainted(self, call: _Call, tensor: Tensor, state: Storage) -> None:
         """Rule 2: only the view that is really read counts."""
-        if unreadable_kind(tensor) is None and not is_finite(tensor):
-            facts = value_facts(tensor)
+        has_nan, has_inf = (False, False) if unreadable_kind(tensor) else nonfinite_kinds(tensor)
+        if has_nan or has_inf:
             call.taint |= state.births
-            call.saw_nan |= facts.num_nan > 0
-            call.saw_inf |= facts.num_posinf + facts.num_neginf > 0
+            call.saw_nan |= has_nan
+            call.saw_inf |= has_inf
 
     def _after(self, call: _Call, args: Any, kwargs: Any, output: Any) -> None:
         produced = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -284,8 +285,7 @@ class ExactTracer(TorchDispatchMode):
         return True
 
     def _record_nonfinite(self, call: _Call, args: Any, kwargs: Any, bad: Sequence[Tensor]) -> None:
-        facts = [value_facts(tensor) for tensor in bad]
-        makes_nan = any(item.num_nan for item in facts)
+        makes_nan = any(nonfinite_kinds(tensor)[0] for tensor in bad)
         explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
         if not explained and not call.taint:
             explained = self._find_unseen_sources(call)
@@ -300,7 +300,9 @@ class ExactTracer(TorchDispatchMode):
             if state is not None:
                 state.births = births if covers_storage(tensor) else state.births | births
                 state.uninitialised = False
-        self._record(call, "propagate" if explained else "birth", tuple(facts), deliberate=deliberate)
+        # Counting takes ten times as long as looking, and after a fault nearly every operation propagates.
+        facts = () if explained else tuple(value_facts(tensor) for tensor in bad)
+        self._record(call, "propagate" if explained else "birth", facts, deliberate=deliberate)
 
     def _births_with(self, call: _Call, *, makes_nan: bool) -> frozenset[int]:
         """The births that travel on from a birth (rule 5 of the NOTE)."""
@@ -345,6 +347,7 @@ class ExactTracer(TorchDispatchMode):
             outputs=facts,
             ingredients=tuple(sorted(call.taint)),
             recomputed=recomputed,
+            own_backward=own_backward_line(torch._C._current_autograd_node()),
         )
         self._records.append(record)
 

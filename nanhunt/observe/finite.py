@@ -59,7 +59,16 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     values = _plain(tensor)
     total = values.sum(dtype=torch.float32).item() if values.dtype in _SUMMED_WIDER else values.sum().item()
-    return math.isfinite(total) or bool(torch.isfinite(values).all())
+    return math.isfinite(total) or nonfinite_kinds(tensor) == (False, False)
+
+
+def nonfinite_kinds(tensor: Tensor) -> tuple[bool, bool]:
+    """Whether it holds NaN, and whether, holding none, it holds infinities: one pass, two scalars read back."""
+    if not can_hold_nonfinite(tensor) or tensor.numel() == 0 or tensor._is_zerotensor():
+        return False, False
+    low, high = (bound.item() for bound in torch.aminmax(_plain(tensor)))
+    has_nan = math.isnan(low) or math.isnan(high)
+    return has_nan, not has_nan and (math.isinf(low) or math.isinf(high))
 
 
 def sums(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,14 @@ def source_line(frame: tuple[str, int, str] | None) -> SourceLine | None:
         return None
     file, line, function = frame
     return SourceLine(file, line, linecache.getline(file, line).strip(), function)
+
+
+def own_backward_line(node: Any) -> SourceLine | None:
+    """The running line of a backward that the user wrote; None if the autograd node is torch's own."""
+    function = getattr(node, "_forward_cls", None)
+    if function is None or function.__module__.partition(".")[0] == "torch":
+        return None
+    return source_line(user_frame())
 
 
 @dataclass

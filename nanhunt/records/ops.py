@@ -70,9 +70,10 @@ class OpRecord:
         forward_index: For a backward op, the index of the forward op it differentiates.
         forward_op: For a backward op, the name of that forward op.
         deliberate: Whether a non-finite constant was an argument, as in a -inf mask.
-        outputs: Facts of each non-finite output.
+        outputs: Facts of each non-finite output of a birth; empty for the rest, which are counted only.
         ingredients: Indices of earlier births whose infinities went in.
         recomputed: Whether it ran while a checkpointed forward was recomputed.
+        own_backward: The line it ran at, where an ``autograd.Function`` of the user's has a backward of its own.
     """
 
     index: int
@@ -87,6 +88,7 @@ class OpRecord:
     outputs: tuple[ValueFacts, ...] = ()
     ingredients: tuple[int, ...] = ()
     recomputed: bool = False
+    own_backward: SourceLine | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ class StateSource:
     """
 
     index: int
-    kind: Literal["batch", "parameter", "buffer", "optimizer state", "constant", "uninitialised memory"]
+    kind: Literal[
+        "batch", "parameter", "buffer", "optimizer state", "constant", "uninitialised memory", "output gradient"
+    ]
     name: str
     facts: ValueFacts
     first_index: tuple[int, ...] = ()

@@ -79,7 +79,14 @@ def _print_head(report: Report, console: Console) -> None:
     console.print(Padding(table, (0, 0, 0, 2)))
     if not report.findings:
         console.print()
-        console.print(Text("no operation was found to make a non-finite value that does harm"))
+        _wrapped(console, _nothing_found(report), "")
+
+
+def _nothing_found(report: Report) -> str:
+    """What the absence of a finding means, which is not always that all is well."""
+    if report.baseline is not None and not report.baseline.is_finite:
+        return "the step is not finite, but no operation was found that began it"
+    return "no operation was found to make a non-finite value that does harm"
 
 
 def _print_finding(finding: Finding, console: Console) -> None:
@@ -100,7 +107,8 @@ def _print_finding(finding: Finding, console: Console) -> None:
         for key, value in finding.evidence.items():
             _wrapped(console, _number(value), f"   |  {key:<{width}} = ", f"   |  {'':<{width}}   ")
     console.print("   |")
-    _wrapped(console, f"{finding.cause} ({finding.certainty})", "   = cause: ")
+    certainty = "" if finding.cause == finding.certainty else f" ({finding.certainty})"
+    _wrapped(console, f"{finding.cause}{certainty}", "   = cause: ")
     for note in finding.notes:
         _wrapped(console, note, "   = note: ")
     for text in finding.help:

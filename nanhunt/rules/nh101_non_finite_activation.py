@@ -1,4 +1,4 @@
-"""non-finite-activation: a forward operation made NaN or infinity of finite inputs, for a reason no other rule knows.
+"""non-finite-activation: a forward operation made NaN or infinity of inputs that had none, for a reason no rule knows.
 
 What it does:
     Names the first operation of the forward pass whose non-finite output reached the loss.
@@ -17,8 +17,13 @@ def _judge(case: Case) -> Judgement | None:
     if case.op is None or case.op.phase == "backward":
         return None
     facts = case.op.outputs[0]
-    message = f"{case.op.op} gave {describe(facts)} from finite inputs"
+    message = f"{case.op.op} gave {describe(facts)} from {origin(case.op)}"
     return Judgement(message, evidence={"num_nonfinite": facts.num_nonfinite, "num_elements": facts.num_elements})
+
+
+def origin(op: OpRecord) -> str:
+    """What went in; a birth may be NaN made of infinities, such as a -inf mask."""
+    return "infinite inputs without NaN" if op.ingredients else "finite inputs"
 
 
 def describe(facts: ValueFacts) -> str:

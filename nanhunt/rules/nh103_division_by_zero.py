@@ -9,7 +9,8 @@ Why it matters:
 
 Known limits:
     In a backward pass only the gradient of a quotient is meant: the gradients of roots and eigenvectors divide by
-    zero as well, for reasons of their own, which have their own rules.
+    zero as well, for reasons of their own, which have their own rules. A backward that the user wrote is judged like a
+    forward pass.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Operand
-from nanhunt.records.ops import OpRecord, ValueFacts
+from nanhunt.records.ops import OpRecord, SourceLine, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 _DIVISORS = {
@@ -33,7 +34,8 @@ _DIVISORS = {
 def _judge(case: Case) -> Judgement | None:
     if case.op is None:
         return None
-    if case.op.phase == "backward" and (case.op.forward_op or "").removeprefix("aten::") not in _DIVISORS:
+    is_torchs = case.op.phase == "backward" and case.op.own_backward is None
+    if is_torchs and (case.op.forward_op or "").removeprefix("aten::") not in _DIVISORS:
         return None
     name = case.op.op.removeprefix("aten::")
     divisor = case.operand(_DIVISORS[name]) if name in _DIVISORS else None
@@ -60,5 +62,10 @@ def _divided_by(value: float, **changed: Any) -> Case:
     return Case(replace(_DIV, **changed), OffenderEvidence(1, ((1,),), (float("nan"),), operands))
 
 
-FLAGGED = (_divided_by(0.0),)
+_OWN = SourceLine("model.py", 13, "return gradient / norm")
+
+FLAGGED = (
+    _divided_by(0.0),
+    _divided_by(0.0, phase="backward", forward_op="aten::linalg_vector_norm", own_backward=_OWN),
+)
 CLEAN = (_divided_by(1e-30), Case(_DIV, None), _divided_by(0.0, phase="backward", forward_op="aten::_linalg_eigh"))

@@ -9,7 +9,7 @@ Why it matters:
 """
 
 from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.nh101_non_finite_activation import describe
+from nanhunt.rules.nh101_non_finite_activation import describe, origin
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 
@@ -18,7 +18,7 @@ def _judge(case: Case) -> Judgement | None:
         return None
     facts = case.op.outputs[0]
     of = f", differentiating {case.op.forward_op}" if case.op.forward_op else ""
-    message = f"{case.op.op}{of}, gave {describe(facts)} from finite inputs"
+    message = f"{case.op.op}{of}, gave {describe(facts)} from {origin(case.op)}"
     return Judgement(message, evidence={"num_nonfinite": facts.num_nonfinite, "num_elements": facts.num_elements})
 
 

@@ -5,7 +5,7 @@ What it does:
     first use.
 
 Why it matters:
-    The step is only where it shows; an earlier one did it, and this batch is innocent.
+    The step is only where it shows: it came from an earlier one or a checkpoint, and this batch is innocent.
 
 Use instead:
     Capture the step that wrote it: run under ``nanhunt.watch`` from a healthy checkpoint.
@@ -23,12 +23,18 @@ def _judge(case: Case) -> Judgement | None:
     if not isinstance(source, StateSource) or source.kind not in _STATE:
         return None
     what = f"{source.kind} {source.name}".strip()
+    evidence = {"num_nonfinite": source.facts.num_nonfinite, "first_position": list(source.first_index)}
     others = sum(1 for other in case.trace.sources if other.kind == source.kind) - 1
     more = (f"{others:,} more of kind {source.kind} are non-finite",) if others > 0 else ()
+    if source.kind in ("constant", "uninitialised memory"):
+        found = "no operation of the step wrote it: it was made before the step, or holds whatever the memory held"
+        return Judgement(
+            f"{what} holds {describe(source.facts)} at its first use", evidence=evidence, notes=(found, *more)
+        )
     return Judgement(
         f"{what} holds {describe(source.facts)} before the step",
-        evidence={"num_nonfinite": source.facts.num_nonfinite, "first_position": list(source.first_index)},
-        notes=("an earlier step wrote it; this step only shows it", *more),
+        evidence=evidence,
+        notes=("it was there before this step: an earlier one wrote it, or it came with a checkpoint", *more),
         help=("run under nanhunt.watch from a checkpoint that is still finite",),
     )
 

@@ -102,15 +102,21 @@ def _finding(rule: Rule, judgement: Judgement, case: Case) -> Finding:
         message=judgement.message,
         location=locate(case),
         evidence=judgement.evidence,
-        notes=judgement.notes,
+        notes=(*judgement.notes, *_own_backward(case)),
         help=judgement.help,
     )
+
+
+def _own_backward(case: Case) -> tuple[str, ...]:
+    """The line of a backward that the user wrote; the location is that of its forward."""
+    line = case.op.own_backward if case.op else None
+    return (f"it ran in a backward of your own, line {line.line}: {line.text}",) if line else ()
 
 
 def locate(case: Case) -> Location:
     """Where the offender is, in the terms of a finding."""
     if isinstance(case.offender, StateSource):
-        phase = "data" if case.offender.kind == "batch" else "weights"
+        phase = {"batch": "data", "output gradient": "backward"}.get(case.offender.kind, "weights")
         return Location(phase=phase, module=case.offender.name, step=case.step)
     record = case.offender
     return Location(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nanhunt.capture.step import Change
 from nanhunt.experiments.changes import Diagnosis
@@ -45,20 +46,26 @@ def changes(diagnosis: Diagnosis) -> Iterator[Change]:
 def _diagonal_shift(line: SourceLine, op: str, shift: float) -> Change:
     def shifted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         matrix, *rest = args
-        return (matrix + shift * torch.eye(matrix.shape[-1], dtype=matrix.dtype), *rest), kwargs
+        return (matrix + shift * torch.eye(matrix.shape[-1]).to(matrix), *rest), kwargs
 
     return Change(
         f"diagonal-shift-{shift:g}",
         f"{shift:g} added to the diagonal before {op.removeprefix('aten::').strip('_')}",
         "mask",
         around=lambda: Substitution(line, op, inputs=shifted),
-        note="in exact arithmetic the gap stays 0; only the rounding changed",
+        note="it moves all eigenvalues alike: only their rounding changed",
     )
 
 
 def _clamp_outputs(model: nn.Module) -> None:
     clamped: Callable[[Any], Any] = tensors_mapped(lambda tensor: tensor.clamp(-40, 40))
-    model.register_forward_hook(lambda module, args, output: clamped(output))
+
+    def clamp(module: nn.Module, args: Any, output: Any) -> Any:
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+            raise LookupError(f"no tensor was found in the model's output, a {type(output).__name__}")
+        return clamped(output)
+
+    model.register_forward_hook(clamp)
 
 
 def _sanitise(model: nn.Module) -> None:

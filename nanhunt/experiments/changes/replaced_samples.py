@@ -24,8 +24,8 @@ def changes(diagnosis: Diagnosis) -> Iterator[Change | Skip]:
     batches = diagnosis.capture.batches
     size = batch_size(batches[0]) if len(batches) == 1 else 0
     if size == 0:
-        reason = "the step has several micro-batches" if len(batches) > 1 else "the batch has no common first dimension"
-        yield Skip("samples replaced one by one", reason)
+        reasons = {0: "no batch is replayed, only the model's own inputs", 1: "the batch has no common first dimension"}
+        yield Skip("samples replaced one by one", reasons.get(len(batches), "the step has several micro-batches"))
         return
     if not diagnosis.control or batch_size(diagnosis.control[0]) < size:
         yield Skip("samples replaced one by one", "there is no control batch of the same size")
