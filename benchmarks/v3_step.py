@@ -17,8 +17,8 @@ import torch
 
 from detector.config import FS_HZ, PRESETS
 from detector.losses import focal_loss
-from detector.memory import keep_freed_memory
 from detector.model import SeizureDetector
+from nanhunt.memory import keep_freed_memory
 
 NUM_WARM_UPS = 2
 

@@ -54,8 +54,8 @@ def train(
         raise NanhuntError(f"--on-fault is raise, skip or record, not {on_fault!r}")
     import torch
 
-    from detector.memory import keep_freed_memory
     from detector.train import Trainer
+    from nanhunt.memory import keep_freed_memory
 
     if threads is not None:
         torch.set_num_threads(threads)

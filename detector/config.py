@@ -143,8 +143,8 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
 
 V3 = DetectorConfig()
 
-# The incident trained with gradients through the eigendecomposition, one AdamW group and no finite check. Its warm-up was
-# a tenth of 100 epochs of 15,404 batches, so that for thousands of steps the weights hardly left their initial values.
+# The incident trained with gradients through the eigendecomposition, one AdamW group and no finite check. Its warm-up
+# was a tenth of 100 epochs of 15,404 batches, so for thousands of steps the weights hardly left their initial values.
 INCIDENT = DetectorConfig(
     model=replace(V3.model, pe_gradient="through_eigh", laplacian_shift=1e-5),
     train=replace(

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from nanhunt.findings import Report
+from nanhunt.memory import keep_freed_memory
 
 
 def replay(
@@ -37,6 +38,8 @@ def replay(
     from nanhunt.experiments.replay import replay as run_replay
     from nanhunt.reports import console as console_report
     from nanhunt.reports import json_report
+
+    keep_freed_memory()
 
     sys.path.insert(0, str(Path.cwd()))
     progress = Console(stderr=True, highlight=False)

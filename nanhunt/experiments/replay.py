@@ -1,5 +1,6 @@
 """A whole replay: trace the step, judge it, run the grid and the experiments, conclude."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from nanhunt.findings import ChainLink, Finding, Report, Skip
 from nanhunt.numerics import count
 from nanhunt.observe.evidence import gather_evidence
 from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.op_info import FocusReached
 from nanhunt.records.ops import OpRecord, Trace
 from nanhunt.records.steps import Determinism, ExperimentResult, GridCell, StepOutcome, Tally
 from nanhunt.rules.registry import Case, judge
@@ -160,7 +162,8 @@ class _Session:
             self.progress("the same again, keeping the offender's inputs")
             wanted = [offender.index] + ([offender.forward_index] if offender.forward_index is not None else [])
             tracer = ExactTracer(focus=wanted)
-            self.replayer.run(tracer=tracer, seed=self._base_seed)
+            with contextlib.suppress(FocusReached):
+                self.replayer.run(tracer=tracer, seed=self._base_seed)
             kept = tracer.focused.get(offender.index)
             if kept is not None and kept.op == offender.op:
                 forward = tracer.focused.get(offender.forward_index) if offender.forward_index is not None else None

@@ -40,6 +40,7 @@ from nanhunt.observe.op_info import (
     CANNOT_CREATE,
     UNINITIALISED,
     FocusedOp,
+    FocusReached,
     copied,
     copy_of,
     is_deliberate,
@@ -79,7 +80,8 @@ class ExactTracer(TorchDispatchMode):
 
     Args:
         model: Names the modules; None outside modules.
-        focus: Indices of operations whose inputs and outputs are kept in ``focused``.
+        focus: Indices of operations whose inputs and outputs are kept in ``focused``; after the last of them the step
+            is ended with ``FocusReached``.
     """
 
     def __init__(self, model: nn.Module | None = None, *, focus: Iterable[int] = ()) -> None:
@@ -187,6 +189,8 @@ class ExactTracer(TorchDispatchMode):
             raise
         if call is not None:
             self._guarded(self._after, call, args, kwargs, output)
+        if self._focus and index == max(self._focus):
+            raise FocusReached
         return output
 
     def _guarded(self, look: Any, *args: Any) -> Any:

@@ -45,6 +45,10 @@ _BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 _STATISTICS, _TRAINING = slice(3, 5), 5
 
 
+class FocusReached(BaseException):
+    """Ends a step whose remaining operations nobody needs; no handler of the user's for ``Exception`` may stop it."""
+
+
 @dataclass
 class FocusedOp:
     """The values of one operation, kept for the rules: arguments before it ran, outputs after."""

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanhunt.observe import exact
 from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.op_info import FocusReached
 from nanhunt.records.ops import OpRecord, StateSource, Trace
 
 NAN, INF = math.nan, math.inf
@@ -641,10 +642,11 @@ def test_looks_between_the_operations_are_not_traced():
 def test_focus_keeps_the_values_as_they_were_before_an_operation_in_place():
     tracer = ExactTracer(focus=[1])
 
-    with tracer:
-        torch.zeros(2).div_(0)
+    with pytest.raises(FocusReached), tracer:
+        torch.zeros(2).div_(0).add_(1)
 
     kept = tracer.focused[1]
+    assert tracer.trace.num_ops == 2
     assert kept.op == "aten::div_"
     assert kept.args[0].tolist() == [0.0, 0.0]
     assert kept.outputs[0].isnan().all()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from detector.memory import keep_freed_memory
+from nanhunt.memory import keep_freed_memory
 
 
 @pytest.mark.skipif(

@@ -7,7 +7,7 @@ import sys
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD_BYTES = 32 * 2**20
-_TRIM_THRESHOLD_BYTES = 2**31 - 1
+_NEVER_TRIM = -1
 
 
 def keep_freed_memory() -> bool:
@@ -22,5 +22,5 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    trimmed = mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
+    trimmed = mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
     return bool(trimmed and mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES))
