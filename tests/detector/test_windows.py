@@ -144,11 +144,11 @@ def test_batches_have_the_form_the_trainer_expects(preset):
     batch = next(synthetic_batches(preset))
     assert set(batch) == {"windows", "labels", "sources"}
     length = window_samples(preset)
-    assert batch["windows"].shape == (4, 19, length)
-    assert batch["labels"].shape == (4, length)
+    assert batch["windows"].shape == (preset.batch_size, 19, length)
+    assert batch["labels"].shape == (preset.batch_size, length)
     assert batch["windows"].dtype == batch["labels"].dtype == torch.float32
     assert batch["windows"].is_contiguous()
-    assert len(batch["sources"]) == 4
+    assert len(batch["sources"]) == preset.batch_size
     assert set(batch["labels"].unique().tolist()) <= {0.0, 1.0}
     assert torch.isfinite(batch["windows"]).all()
 
