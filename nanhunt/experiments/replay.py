@@ -92,8 +92,11 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
 
 
 def _target(target: Any, capture: Capture) -> Target:
+    recorded = capture.meta.get("target")
+    if target is None and recorded is None and not capture.is_legacy:
+        raise TargetError("the capture names no target", help="say how the model is built: --target mymodel:MyModel")
     if target is None or isinstance(target, str):
-        return find_target(target, capture.meta.get("target"))
+        return find_target(target, recorded)
     return target if isinstance(target, Target) else Target(type(target).__name__, target)
 
 

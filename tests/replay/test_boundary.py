@@ -356,3 +356,15 @@ def test_refused_decomposition_replays_to_the_birth_of_what_it_refused(tmp_path:
     assert trace.first_offender.op == "aten::div"
     assert trace.sinks[0].name == "refused by aten::_linalg_eigh"
     assert determinism == Determinism("unknown", "the step ended in the same error as the captured one")
+
+
+def test_capture_without_a_target_asks_for_one(tmp_path: Path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with nanhunt.watch(model, optimizer, out_dir=tmp_path):
+        model(torch.full((1, 2), float("nan"))).sum().backward()
+        with pytest.raises(nanhunt.NonFiniteStep):
+            optimizer.step()
+
+    with pytest.raises(nanhunt.TargetError, match="the capture names no target; say how the model is built: --target"):
+        nanhunt.replay(tmp_path / "bad_batch_000000.pt")
