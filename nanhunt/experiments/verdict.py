@@ -87,7 +87,11 @@ def _masks(experiments: Sequence[ExperimentResult]) -> list[str]:
     parts: list[str] = []
     tried = [r for r in experiments if r.outcome is not None and r.family in ("mask", "optimizer")]
     unmoved = [r.title for r in tried if r.outcome and not r.outcome.is_finite]
-    hidden = [r.title for r in tried if r.outcome and r.outcome.is_finite]
+    moved = [r for r in tried if r.outcome and r.outcome.is_finite]
+    hidden = [r.title for r in moved if r.family == "mask"]
+    helped = [r.title for r in moved if r.family == "optimizer"]
+    if helped:
+        parts.append(f"finite with another optimizer setting: {'; '.join(helped)}")
     if unmoved:
         parts.append(f"still non-finite: {'; '.join(unmoved)}")
     if hidden:

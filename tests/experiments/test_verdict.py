@@ -108,3 +108,10 @@ def test_legacy_file_is_never_cleared_by_fresh_weights():
     assert legacy.certainty == "unknown"
     assert legacy.sentences[0] == "on fresh weights the batch is finite with 2 of 2 seeds"
     assert "does not show that the data or the architecture are sound" in legacy.text
+
+
+def test_optimizer_setting_that_helps_is_not_called_a_mask():
+    helped = verdict(tried("a tenth of the rate", "optimizer", FINITE), tried("clamp", "mask", FINITE), found=finding())
+
+    assert "finite with another optimizer setting: with a tenth of the rate" in helped.sentences
+    assert "finite, but a mask: with clamp" in helped.sentences

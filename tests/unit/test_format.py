@@ -15,38 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from capture_files import capture, same
 from torch import nn
 
-from nanhunt.capture.format import Capture, checksum, plain, read_capture, write_capture
+from nanhunt.capture.format import checksum, read_capture, write_capture
 from nanhunt.errors import CaptureError
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
 DTYPES = [*FLOATS, *INTEGERS, torch.bool, torch.complex64, torch.complex128]
-
-
-def capture(payload=None, **meta) -> Capture:
-    return Capture({"step": 19, "target": None, **meta}, plain({"batches": [payload]} if payload is not None else {}))
-
-
-def refusal(path) -> str:
-    with pytest.raises(CaptureError) as caught:
-        read_capture(path)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert caught.value.exit_code == 2
-    return text
-
-
-def same(one, other) -> bool:
-    """Equal bit for bit, NaN included, with the same types all the way down."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and checksum(one) == checksum(other)
-    if isinstance(one, dict):
-        return type(other) is dict and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and repr(one) == repr(other)
 
 
 # What goes in comes out
