@@ -67,7 +67,7 @@ def ssd_scan(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_STN: 
 
 
 def _scan_chunks(x_STHP: Tensor, dt_STH: Tensor, a_H: Tensor, b_STN: Tensor, c_STN: Tensor) -> Tensor:
-    """The scan without its direct path, (S, T, H * P); T is a multiple of CHUNK."""
+    """The scan without its direct path, (S, T, H * P); T is a multiple of CHUNK. Why it clamps: see ``ssd_scan``."""
     num_sequences, length, num_heads, head_dim = x_STHP.shape
     num_chunks, num_states = length // CHUNK, b_STN.shape[-1]
     floor = math.log(torch.finfo(x_STHP.dtype).eps / 2)

@@ -18,7 +18,7 @@ from nanhunt.capture.rng import rng_state, set_rng_state
 from nanhunt.capture.step import NO_CHANGE, Batches, Change, ReplayedStep, StepRun, optimizer_tensors
 from nanhunt.errors import TargetError
 from nanhunt.observe.exact import ExactTracer
-from nanhunt.records.steps import Determinism, StepOutcome
+from nanhunt.records.steps import Determinism
 from nanhunt.targets import Target
 
 _DEFAULT_DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -105,8 +105,7 @@ class Replayer:
             step = run.all_phases(chosen)
             if look_ahead:
                 step.next_outputs, step.next_error = run.next_forward(chosen)
-        outcome = step.outcome
-        step.outcome = StepOutcome(**{**vars(outcome), "seconds": time.perf_counter() - started})
+        step.outcome = replace(step.outcome, seconds=time.perf_counter() - started)
         return step
 
     def determinism(self, step: ReplayedStep) -> Determinism:
@@ -125,11 +124,7 @@ class Replayer:
         return self._compared_gradients(step, observed["gradient_checksums"])
 
     def _differing_loss(self, loss: float, observed: dict[str, Any]) -> Determinism | None:
-        recorded = (
-            float.fromhex(observed["loss"])
-            if observed["loss"] not in ("nan", "inf", "-inf")
-            else float(observed["loss"])
-        )
+        recorded = float.fromhex(observed["loss"])
         if loss == recorded or (math.isnan(loss) and math.isnan(recorded)):
             return None
         return Determinism("differs", f"loss {loss:.9g}, captured {recorded:.9g}{self._environment_hint()}")

@@ -288,7 +288,7 @@ class Watch:
             "optimizer": type(self._optimizer).__name__,
             "autocast": calls[-1].autocast if calls else autocast_state(),
             "observed": {
-                "loss": float(loss).hex() if math.isfinite(loss) else str(loss),
+                "loss": float(loss).hex(),
                 "gradients_nonfinite": gradients.tensors,
                 "num_gradients": gradients.num_tensors,
                 "gradient_checksums": {name: checksum(canonical(grad)) for name, grad in named},

@@ -88,6 +88,7 @@ class ExactTracer(TorchDispatchMode):
         super().__init__()
         self.focused: dict[int, FocusedOp] = {}
         self._focus = frozenset(focus)
+        self._last_focus = max(self._focus, default=-1)
         self._path = ModulePath(model)
         self._phase: Phase = "forward"
         self._num_ops = 0
@@ -189,7 +190,7 @@ class ExactTracer(TorchDispatchMode):
             raise
         if call is not None:
             self._guarded(self._after, call, args, kwargs, output)
-        if self._focus and index == max(self._focus):
+        if index == self._last_focus:
             raise FocusReached
         return output
 
