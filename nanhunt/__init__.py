@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nanhunt.capture.format import Capture, read_capture
     from nanhunt.capture.watch import Fault, Watch, watch
     from nanhunt.experiments.replay import replay
+    from nanhunt.hunt import Hunt, trace
 
 # Served on first use, so that what needs no torch starts without it.
 _LAZY = {
@@ -22,18 +23,22 @@ _LAZY = {
     "Watch": "nanhunt.capture.watch",
     "watch": "nanhunt.capture.watch",
     "replay": "nanhunt.experiments.replay",
+    "Hunt": "nanhunt.hunt",
+    "trace": "nanhunt.hunt",
 }
 
 __all__ = [
     "Capture",
     "CaptureError",
     "Fault",
+    "Hunt",
     "NanhuntError",
     "NonFiniteStep",
     "TargetError",
     "Watch",
     "read_capture",
     "replay",
+    "trace",
     "watch",
 ]
 

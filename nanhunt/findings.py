@@ -20,6 +20,7 @@ class Location:
         op: Name of the operation, such as ``aten::div_``; empty where no operation is to blame.
         forward_op: For a backward fault, the forward operation it differentiates.
         module: Dotted path; empty outside modules.
+        tensor: Name of the tensor it is about, such as ``encoder.0.weight``; empty where none has one.
         source: The user's line.
         step: Optimizer step, from 0.
         micro_step: Part of an accumulated step, from 0.
@@ -30,6 +31,7 @@ class Location:
     op: str = ""
     forward_op: str = ""
     module: str = ""
+    tensor: str = ""
     source: SourceLine | None = None
     step: int | None = None
     micro_step: int = 0
@@ -105,32 +107,32 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a replay found.
+    """Everything a replay or a traced loop gave.
 
     Attributes:
-        title: What was replayed.
-        facts: Short lines about the captured step.
+        title: What was replayed or traced.
+        facts: Short lines about it.
         findings: Faults, the first offender first.
         chain: From the offender to the sinks.
+        verdict: The conclusion.
         grid: Weights against batches.
         experiments: Replays with one thing changed.
         baseline: The replayed step itself.
-        determinism: Whether it was the captured step.
-        verdict: The conclusion.
+        determinism: Whether it was the captured step; None where nothing was replayed.
         skips: What could not be done, and why.
-        seconds: Wall time of the whole replay.
-        num_steps: Steps run.
+        seconds: Wall time.
+        num_steps: Steps replayed.
     """
 
     title: str
     facts: tuple[tuple[str, str], ...]
     findings: tuple[Finding, ...]
     chain: tuple[ChainLink, ...]
-    grid: tuple[GridCell, ...]
-    experiments: tuple[ExperimentResult, ...]
-    baseline: StepOutcome | None
-    determinism: Determinism
     verdict: Verdict
+    grid: tuple[GridCell, ...] = ()
+    experiments: tuple[ExperimentResult, ...] = ()
+    baseline: StepOutcome | None = None
+    determinism: Determinism | None = None
     skips: tuple[Skip, ...] = ()
     seconds: float = 0.0
     num_steps: int = 0

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_map
 from nanhunt.capture.environment import differences
 from nanhunt.capture.format import Capture, tensor_paths
 from nanhunt.capture.rng import rng_state, set_rng_state
-from nanhunt.capture.step import NO_CHANGE, Batches, Change, ReplayedStep, StepRun, optimizer_tensors
+from nanhunt.capture.step import NO_CHANGE, Batches, Change, ReplayedStep, StepRun
 from nanhunt.errors import TargetError
 from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.loop import optimizer_tensors
 from nanhunt.records.steps import Determinism
 from nanhunt.targets import Target
 

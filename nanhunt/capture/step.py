@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from nanhunt.capture.format import Capture, checksum
 from nanhunt.capture.watch import canonical
 from nanhunt.errors import TargetError, first_line
-from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.exact import ExactTracer, untraced
 from nanhunt.observe.finite import tally
+from nanhunt.observe.loop import optimizer_tensors
 from nanhunt.records.steps import StepOutcome, Tally
 from nanhunt.targets import Target
 
@@ -272,14 +273,5 @@ def _wide(gradient: Tensor) -> Tensor:
 def _quiet(tracer: Any) -> contextlib.AbstractContextManager[Any]:
     """Keeps our own looks out of the trace."""
     if isinstance(tracer, ExactTracer):
-        return torch.utils._python_dispatch._disable_current_modes()
+        return untraced()
     return contextlib.nullcontext()
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the optimizer's state as ``exp_avg of encoder.0.weight``."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value

@@ -63,7 +63,7 @@ class Substitution(TorchFunctionMode):
         name = _bare(getattr(func, "__name__", ""))
         if not name or _core(name) != _core(self._op):
             return False
-        frame = user_frame(2)
+        frame = user_frame()
         return frame is not None and frame[:2] == self._place
 
 

@@ -6,15 +6,24 @@ import torch
 from torch import Tensor
 
 from nanhunt.numerics import LIMITS, ulp
-from nanhunt.observe.exact import FocusedOp
+from nanhunt.observe.call import Call
 from nanhunt.observe.finite import can_hold_nonfinite, is_finite, unreadable_kind, value_facts
+from nanhunt.observe.op_info import FocusedOp, tensors_in
 from nanhunt.records.evidence import OffenderEvidence, Operand, Spectrum
+from nanhunt.records.ops import OpRecord
 
 MAX_POSITIONS = 8
 """Offending elements described one by one."""
 
 # Position of the spectrum and of the vectors among the outputs of each decomposition.
 _DECOMPOSITIONS = {"aten::_linalg_eigh": (0, 1), "aten::_linalg_svd": (1, 0), "aten::linalg_eig": (0, 1)}
+
+# The names under which autograd saves those two outputs, in the order of the operation's outputs.
+_SAVED = {
+    "aten::_linalg_eigh": ("eigenvalues", "eigenvectors"),
+    "aten::_linalg_svd": ("U", "S"),
+    "aten::linalg_eig": ("eigenvalues", "eigenvectors"),
+}
 
 
 def gather_evidence(offender: FocusedOp, forward: FocusedOp | None) -> OffenderEvidence | None:
@@ -44,6 +53,34 @@ def gather_evidence(offender: FocusedOp, forward: FocusedOp | None) -> OffenderE
         spectrum=_spectrum(forward, mask) if forward is not None else None,
         rows_all_neginf=_rows_all_neginf(offender),
     )
+
+
+def evidence_at_birth(call: Call, output: Any, record: OpRecord, node: Any) -> OffenderEvidence | None:
+    """Describes the offending elements of an operation that has just run.
+
+    What it wrote over cannot be described any more.
+
+    Args:
+        call: The operation with its arguments.
+        output: Its result.
+        record: Its record.
+        node: The autograd node that ran it, or None.
+    """
+    gone = {id(tensor) for tensor in call.written}
+    args = tuple(None if id(value) in gone else value for value in call.args)
+    kwargs = {name: None if id(value) in gone else value for name, value in call.kwargs.items()}
+    outputs = tuple(call.written or tensors_in(output))
+    kept = FocusedOp(record.op, call.traits.argument_names, args, kwargs, outputs)
+    return gather_evidence(kept, _saved_decomposition(record.forward_op, node))
+
+
+def _saved_decomposition(forward_op: str | None, node: Any) -> FocusedOp | None:
+    """The results of a decomposition that autograd saved for its backward pass."""
+    names = _SAVED.get(forward_op or "")
+    if names is None or not all(hasattr(node, f"_saved_{name}") for name in names):
+        return None
+    outputs = tuple(getattr(node, f"_saved_{name}").detach() for name in names)
+    return FocusedOp(forward_op or "", (), (), {}, outputs)
 
 
 def _operands(op: FocusedOp, positions: list[tuple[int, ...]], shape: tuple[int, ...]) -> list[Operand]:

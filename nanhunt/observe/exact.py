@@ -1,75 +1,59 @@
 """The exact tracer: every aten operation of a step, forward, backward and optimizer.
 
-NOTE on how a fault is followed.
+NOTE on what it costs and how it knows where it is.
 
-1. Memory, not Python objects, carries a value: autograd unpacks a saved tensor as a new object, views and in-place
-   operations share memory. State is therefore kept per storage, held by a weak reference so that an address is never
-   taken for another's.
-2. A storage is *tainted* with the indices of the births whose non-finite values it may hold. A read of a tainted
-   storage looks at the view that is really read; only then do the births travel on.
-3. An operation whose inputs are all untainted needs one look, at its output. A non-finite output is then a birth.
-4. Memory from ``empty`` holds anything until it is written, and is not looked at before.
-5. A deliberate value (a -inf mask) that an operation turns into NaN is that operation's ingredient: what travels on is
-   the operation's own birth.
-6. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation
+1. While nothing is non-finite, an operation costs one sum over its result, and nothing at all if it can only move or
+   bound what it is given. The first non-finite result begins the bookkeeping of ``ledger.py``; when the memory that
+   holds it is gone, it ends.
+2. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation
    dispatched after the node was numbered, ``_get_sequence_nr() == node._sequence_nr() + 1``.
+3. A gradient hook and the backward of an ``autograd.Function`` are Python code that the engine calls: their frames lie
+   below that of the engine. The recomputation of a checkpoint lies below one of ``torch.utils.checkpoint``.
 """
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
-from nanhunt.observe.finite import (
-    can_hold_nonfinite,
-    first_nonfinite,
-    is_finite,
-    nonfinite_kinds,
-    unreadable_kind,
-    value_facts,
-)
-from nanhunt.observe.memory import NO_BIRTHS, Memory, Storage, covers_storage, storage_key
+from nanhunt.observe.call import Call, Here, Origin
+from nanhunt.observe.evidence import evidence_at_birth
+from nanhunt.observe.finite import list_is_finite, unreadable_kind
+from nanhunt.observe.ledger import Ledger
 from nanhunt.observe.module_path import ModulePath
 from nanhunt.observe.op_info import (
-    CANNOT_CREATE,
-    UNINITIALISED,
     FocusedOp,
     FocusReached,
+    OpTraits,
     copied,
     copy_of,
-    is_deliberate,
-    is_log_of_mask,
     is_refusal,
-    op_name,
+    tensors_in,
+    traits_of,
     written,
 )
-from nanhunt.observe.source import ForwardSite, own_backward_line, user_frame
-from nanhunt.records.ops import OpRecord, Phase, Sink, StateSource, Trace
+from nanhunt.observe.source import ForwardSite, applied_place, is_users_function, line_of, place_in_backward, user_place
+from nanhunt.records.evidence import OffenderEvidence
+from nanhunt.records.ops import Phase, Trace
 
-MAX_RECORDS = 20_000
-"""Records kept; more are counted. A step that is wholly NaN propagates through every one of its operations."""
+MAX_SITES = 100_000
+"""Forward operations remembered for their backward operations; a graph kept for longer loses its lines."""
+
+MAX_EVIDENCE = 64
+"""Births whose inputs are described."""
 
 _PURGE_EVERY = 4096
 
+# Types whose sum is finite unless an element is not, or the sum itself is beyond 1e38.
+_SUMMED = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
-@dataclass
-class _Call:
-    """One operation while it is being judged."""
-
-    index: int
-    func: Any
-    name: str
-    inputs: list[Tensor]
-    taint: frozenset[int] = NO_BIRTHS
-    saw_nan: bool = False
-    saw_inf: bool = False
-    written: list[Tensor] = field(default_factory=list)
+_sequence_number = torch._C._autograd._get_sequence_nr
+_running_node = torch._C._current_autograd_node
 
 
 class ExactTracer(TorchDispatchMode):
@@ -82,39 +66,57 @@ class ExactTracer(TorchDispatchMode):
         model: Names the modules; None outside modules.
         focus: Indices of operations whose inputs and outputs are kept in ``focused``; after the last of them the step
             is ended with ``FocusReached``.
+        origin: Says what a tensor is that no traced operation wrote.
+
+    Attributes:
+        ledger: What is known of the non-finite values.
+        evidence: For births, what their inputs held, by index.
+        drivers: Places that only drive the loop; see ``line_of``.
+        is_passive: Whether nothing more is looked at.
+        is_past_backward: Whether a backward pass has ended and no forward pass has begun since.
     """
 
-    def __init__(self, model: nn.Module | None = None, *, focus: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        focus: Iterable[int] = (),
+        origin: Callable[[Tensor], Origin] = lambda tensor: Origin(),
+    ) -> None:
         super().__init__()
         self.focused: dict[int, FocusedOp] = {}
+        self.path = ModulePath(model)
+        self.ledger = Ledger(self, origin)
+        self.evidence: dict[int, OffenderEvidence] = {}
+        self.drivers: frozenset[tuple[CodeType, int]] = frozenset()
+        self.is_passive = False
+        self.is_past_backward = False
         self._focus = frozenset(focus)
         self._last_focus = max(self._focus, default=-1)
-        self._path = ModulePath(model)
         self._phase: Phase = "forward"
         self._num_ops = 0
-        self._memory = Memory()
         self._sites: dict[int, ForwardSite] = {}
-        self._records: list[OpRecord] = []
-        self._num_dropped = 0
-        self._sources: list[StateSource] = []
-        self._sinks: list[Sink] = []
-        self._skipped: Counter[str] = Counter()
+        self._number = -1
         self._problems: list[str] = []
-        self._deliberate: set[int] = set()
-        self._log_masks: set[int] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every call so that torch.compile cannot look into it, for half of what a call costs;
+        # compiled functions run as they are written while this mode is on, so nothing is compiled.
+        return False
 
     def __enter__(self) -> Self:
-        self._path.__enter__()
+        self.path.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        self._path.__exit__(*exc_info)
+        self.path.__exit__(*exc_info)
 
     def attach(self, model: nn.Module) -> None:
         """Names the modules of this model, for a tracer made before the model was."""
-        self._path.name_modules(model)
+        self.path.name_modules(model)
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -125,276 +127,244 @@ class ExactTracer(TorchDispatchMode):
         finally:
             self._phase = before
 
-    def declare(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    def set_phase(self, phase: Phase) -> None:
+        """Names the part of the step that runs from here on."""
+        self._phase = phase
+
+    def note_driver(self) -> None:
+        """The user's line that is running only drives the loop, if a package stands between it and what is called."""
+        place = user_place(sys._getframe(1))
+        if place.users is not None:
+            self.drivers |= {(place.users, place.users_position)}
+
+    def declare(self, kind: Any, named: Iterable[tuple[str, Tensor]], *, here: bool = False) -> None:
         """Looks at tensors that exist before the step (batch, parameters, buffers, optimizer state).
 
-        A non-finite one becomes a source, found before any operation.
+        A non-finite one becomes a source, found before any operation; with ``here``, at the user's running line.
         """
-        with _untraced(), torch.no_grad():
+        place = self.here() if here else None
+        with untraced(), torch.no_grad():
             for name, tensor in named:
-                self._declare_one(kind, name, tensor)
+                self.ledger.declare(Origin(kind, name, _owner(kind, name)), tensor, place, self._num_ops - 1)
 
     def declare_result(self, name: str, tensor: Tensor, causes: Iterable[Tensor]) -> None:
         """Looks at a tensor that something outside the trace computed from traced tensors.
 
         If it is non-finite, it holds what was born on the way to its causes; where nothing was, it is a source.
         """
-        with _untraced(), torch.no_grad():
-            states = [self._memory.find(cause) for cause in causes if not is_finite(cause)]
-            births = NO_BIRTHS.union(*(state.births for state in states if state)) - self._deliberate
-            if not births:
-                self._declare_one("output gradient", name, tensor)
-            elif not is_finite(tensor):
-                self._memory.add(tensor).births = births
+        with untraced(), torch.no_grad():
+            self.ledger.declare_result(Origin("output gradient", name), tensor, causes)
 
     def reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Looks at places where a non-finite value does harm, and notes which births arrived there.
-
-        A buffer that still is what it was before the step (a -inf mask, a lowest loss that starts at inf) is no harm.
-        """
-        with _untraced(), torch.no_grad():
+        """Looks at places where a non-finite value does harm, and notes which births arrived there."""
+        with untraced(), torch.no_grad():
             for name, tensor in named:
-                if unreadable_kind(tensor) or is_finite(tensor):
-                    continue
-                state = self._memory.find(tensor)
-                births = state.births if state else NO_BIRTHS
-                if kind == "buffer" and state is not None and births:
-                    births -= state.own
-                    if not births:
-                        continue
-                self._sinks.append(Sink(kind, name, value_facts(tensor), tuple(sorted(births))))
+                self.ledger.reached(kind, name, tensor)
 
     @property
     def trace(self) -> Trace:
         """The records so far."""
-        return Trace(
-            num_ops=self._num_ops,
-            ops=tuple(self._records),
-            sources=tuple(self._sources),
-            sinks=tuple(self._sinks),
-            num_dropped=self._num_dropped,
-            skipped=tuple(self._skipped.items()),
-            problems=tuple(self._problems),
-        )
+        return self.ledger.trace(self._num_ops, self._problems)
+
+    @property
+    def is_watchful(self) -> bool:
+        """Whether any memory is known to hold a non-finite value."""
+        return bool(self.ledger.memory.tainted)
+
+    def end_step(self) -> None:
+        """Forgets what can no longer do harm."""
+        self.guarded(self.ledger.forget_past)
+        if len(self.evidence) >= MAX_EVIDENCE // 2:
+            kept = {record.index for record in self.ledger.records}
+            self.evidence = {index: found for index, found in self.evidence.items() if index in kept}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if types and any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            # The subclass takes itself apart; its inner operations come here again.
+            return NotImplemented
+        if self.is_passive:
+            return func(*args, **kwargs) if kwargs else func(*args)
         index = self._num_ops
-        self._num_ops += 1
-        call = self._guarded(self._before, index, func, args, kwargs)
+        self._num_ops = index + 1
+        traits = traits_of(func)
+        if self.ledger.memory.tainted or self._focus:
+            return self._dispatch_watchfully(index, func, traits, args, kwargs or {})
+        number = _sequence_number()
+        if number != self._number:
+            self._number = number
+            self.guarded(self._note_site, number, index, traits)
+        try:
+            output = func(*args, **kwargs) if kwargs else func(*args)
+        except Exception as error:
+            if is_refusal(error):
+                self.guarded(self._note_refusal, index, traits, args, kwargs or {})
+            raise
+        if traits.creates:
+            # A zero tensor, as autograd makes them, has no memory to read.
+            if type(output) is Tensor and output.dtype in _SUMMED and not output._is_zerotensor():
+                try:
+                    total = output.sum().item()
+                except Exception:  # noqa: BLE001 - a meta or sparse tensor; the careful look says what it is
+                    total = float("nan")
+                if total - total == 0.0:
+                    return output
+            self.guarded(self._look, index, traits, args, kwargs or {}, output)
+        elif traits.converts or traits.writes or traits.is_uninitialised:
+            self.guarded(self._look_if_needed, index, traits, args, kwargs or {}, output)
+        return output
+
+    def _look(self, index: int, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> None:
+        """The careful look at what is not one plain tensor with a finite sum; nothing was tainted before."""
+        results = written(traits, args, kwargs) if traits.writes else tensors_in(output)
+        self.ledger.skipped.update(kind for kind in map(unreadable_kind, results) if kind is not None)
+        if traits.is_collective or not list_is_finite(results):
+            self._finish(Call(index, traits, args, kwargs, tensors_in(*args, *kwargs.values()), results), output)
+        elif traits.writes and self.ledger.memory.unwritten:
+            for tensor in results:
+                self.ledger.memory.note_written(tensor)
+
+    def _look_if_needed(self, index: int, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> None:
+        """What cannot create is looked at where it makes a type smaller, or fills memory that was never written."""
+        memory = self.ledger.memory
+        if traits.is_uninitialised:
+            for tensor in tensors_in(output):
+                memory.note_unwritten(tensor, self.site(index, traits))
+            return
+        filled = False
+        if traits.writes and memory.unwritten:
+            filled = any([memory.note_written(tensor) for tensor in written(traits, args, kwargs)])
+        if filled or (traits.converts and _is_narrowing(traits, args, output)):
+            self._look(index, traits, args, kwargs, output)
+
+    def _dispatch_watchfully(self, index: int, func: Any, traits: OpTraits, args: Any, kwargs: Any) -> Any:
+        self.guarded(self._note_site, _sequence_number(), index, traits)
+        call = self.guarded(self.ledger.before, index, traits, args, kwargs)
+        if index in self._focus:
+            self.focused[index] = FocusedOp(traits.full_name, traits.argument_names, copied(args), copied(kwargs))
         try:
             output = func(*args, **kwargs)
         except Exception as error:
             if call is not None and is_refusal(error):
-                self._guarded(self._note_refusal, call)
+                self.guarded(self.ledger.refused, call)
             raise
-        if call is not None:
-            self._guarded(self._after, call, args, kwargs, output)
+        if index in self._focus:
+            self.focused[index].outputs = tuple(copy_of(tensor) for tensor in tensors_in(output))
+        if call is not None and (
+            traits.creates or traits.converts or traits.writes or call.taint or traits.is_uninitialised
+        ):
+            self.guarded(self._finish, call, output)
+        if self._num_ops % _PURGE_EVERY == 0:
+            self.ledger.memory.purge()
         if index == self._last_focus:
             raise FocusReached
         return output
 
-    def _guarded(self, look: Any, *args: Any) -> Any:
+    def _finish(self, call: Call, output: Any) -> None:
+        if not self.ledger.after(call, output):
+            return
+        record = self.ledger.records[-1] if self.ledger.records else None
+        if record is None or record.index != call.index or record.kind != "birth" or record.deliberate:
+            return
+        if len(self.evidence) < MAX_EVIDENCE:
+            found = evidence_at_birth(call, output, record, _running_node())
+            if found is not None:
+                self.evidence[call.index] = found
+
+    def _note_refusal(self, index: int, traits: OpTraits, args: Any, kwargs: Any) -> None:
+        self.ledger.refused(Call(index, traits, args, kwargs, tensors_in(*args, *kwargs.values()), []))
+
+    def guarded(self, look: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs a look; its own failure becomes a message and never the user's crash."""
         try:
-            return look(*args)
+            return look(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the traced program must go on whatever the tracer trips over
             if len(self._problems) < 20:
                 self._problems.append(f"{type(error).__name__} while looking at an operation: {error}")
             return None
 
-    def _before(self, index: int, func: Any, args: Any, kwargs: Any) -> _Call:
-        name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        call = _Call(index, func, name, inputs)
-        self._note_site(call)
-        if index in self._focus:
-            names = tuple(argument.name for argument in func._schema.arguments)
-            self.focused[index] = FocusedOp(op_name(func), names, copied(args), copied(kwargs))
-        call.written, is_read = written(func, args, kwargs)
-        unread = () if is_read else {id(tensor) for tensor in call.written}
-        for tensor in inputs:
-            state = None if id(tensor) in unread else self._state_of(tensor)
-            if state is not None and state.births:
-                self._read_tainted(call, tensor, state)
-        return call
-
-    def _note_site(self, call: _Call) -> None:
-        """Remembers the first operation after each autograd node was numbered (rule 6 of the NOTE)."""
-        node = torch._C._current_autograd_node()
+    def _note_site(self, number: int, index: int, traits: OpTraits) -> None:
+        """Remembers the first operation after each autograd node was numbered (rule 2 of the NOTE)."""
+        if number in self._sites:
+            return
+        node = _running_node()
         if node is not None and not torch.is_grad_enabled():
             return
-        number = torch._C._autograd._get_sequence_nr()
-        if number not in self._sites:
-            # A backward pass that is itself differentiated belongs to the forward it differentiates.
-            known = None if node is None or self._path.in_backward else self._sites.get(node._sequence_nr() + 1)
-            self._sites[number] = known or ForwardSite(
-                call.index, op_name(call.func), self._path.current, user_frame(), self._phase
-            )
+        frame = sys._getframe(1)
+        if node is not None:
+            kind, place = place_in_backward(frame)
+            known = self._sites.get(node._sequence_nr() + 1)
+            if kind == "engine" and known is not None:
+                # A backward pass that is itself differentiated belongs to the forward it differentiates.
+                self._sites[number] = known
+                return
+        else:
+            place = applied_place(frame)
+        if len(self._sites) >= MAX_SITES:
+            for old in list(self._sites)[: MAX_SITES // 2]:
+                del self._sites[old]
+        self._sites[number] = ForwardSite(index, traits.full_name, self.path.current, place, self._phase)
 
-    def _note_refusal(self, call: _Call) -> None:
-        """An operation that raises over the values it was given is where their births did harm."""
-        states = [self._memory.find(tensor) for tensor in call.inputs]
-        births = call.taint or NO_BIRTHS.union(*(state.births for state in states if state))
-        if births:
-            bad = next((tensor for tensor in call.inputs if not is_finite(tensor)), call.inputs[0])
-            name = f"refused by {op_name(call.func)}"
-            self._sinks.append(Sink("output", name, value_facts(bad), tuple(sorted(births))))
+    def site(self, index: int, traits: OpTraits) -> ForwardSite:
+        """Where the running operation stands, to be worked out when somebody asks."""
+        place = user_place(sys._getframe(1))
+        return ForwardSite(index, traits.full_name, self.path.current, place, self._phase)
 
-    def _read_tainted(self, call: _Call, tensor: Tensor, state: Storage) -> None:
-        """Rule 2: only the view that is really read counts."""
-        has_nan, has_inf = (False, False) if unreadable_kind(tensor) else nonfinite_kinds(tensor)
-        if has_nan or has_inf:
-            call.taint |= state.births
-            call.saw_nan |= has_nan
-            call.saw_inf |= has_inf
+    def seen_from(self, site: ForwardSite) -> Here:
+        """A site in the terms of a record."""
+        return Here(site.phase, site.module, line_of(site.place, self.drivers))
 
-    def _after(self, call: _Call, args: Any, kwargs: Any, output: Any) -> None:
-        produced = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if call.index in self._focus:
-            self.focused[call.index].outputs = tuple(copy_of(tensor) for tensor in produced)
-        overwritten = {id(tensor) for tensor in call.written}
-        input_keys = {storage_key(tensor) for tensor in call.inputs}
-        shown = {id(tensor) for tensor in produced}
-        results = [*produced, *(tensor for tensor in call.written if id(tensor) not in shown)]
-        bad: list[Tensor] = []
-        for tensor in results:
-            is_view = storage_key(tensor) in input_keys and id(tensor) not in overwritten
-            if not is_view and self._look_at_result(call, tensor):
-                bad.append(tensor)
-        if bad:
-            self._record_nonfinite(call, args, kwargs, bad)
-        elif call.taint and any(storage_key(tensor) not in input_keys for tensor in results):
-            self._record(call, "kill", (), deliberate=False)
-        if self._num_ops % _PURGE_EVERY == 0:
-            self._memory.purge()
-
-    def _look_at_result(self, call: _Call, tensor: Tensor) -> bool:
-        """Whether the result is non-finite; keeps the state of its memory."""
-        state = self._state_of(tensor, is_result=True)
-        if state is None:
-            return False
-        if call.name in UNINITIALISED:
-            state.uninitialised = True
-            return False
-        if not call.taint and call.name in CANNOT_CREATE and not state.births:
-            return False
-        if not can_hold_nonfinite(tensor):
-            # Read again only where an operation refuses it: the error codes of a decomposition.
-            state.births |= call.taint
-            return False
-        if is_finite(tensor):
-            if state.births and covers_storage(tensor):
-                state.births = NO_BIRTHS
-            return False
-        return True
-
-    def _record_nonfinite(self, call: _Call, args: Any, kwargs: Any, bad: Sequence[Tensor]) -> None:
-        makes_nan = any(nonfinite_kinds(tensor)[0] for tensor in bad)
-        explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
-        if not explained and not call.taint:
-            explained = self._find_unseen_sources(call)
-        deliberate = is_deliberate(args, kwargs, makes_nan=makes_nan)
-        births = call.taint if explained else self._births_with(call, makes_nan=makes_nan)
-        if not explained and deliberate:
-            self._deliberate.add(call.index)
-        elif not explained and is_log_of_mask(call.name, args):
-            self._log_masks.add(call.index)
-        for tensor in bad:
-            state = self._state_of(tensor, is_result=True)
-            if state is not None:
-                state.births = births if covers_storage(tensor) else state.births | births
-                state.uninitialised = False
-        # Counting takes ten times as long as looking, and after a fault nearly every operation propagates.
-        facts = () if explained else tuple(value_facts(tensor) for tensor in bad)
-        self._record(call, "propagate" if explained else "birth", facts, deliberate=deliberate)
-
-    def _births_with(self, call: _Call, *, makes_nan: bool) -> frozenset[int]:
-        """The births that travel on from a birth (rule 5 of the NOTE)."""
-        ingredients: set[int] = set()
-        if makes_nan:
-            ingredients |= self._deliberate
-            if "softmax" in call.name or "attention" in call.name:
-                ingredients |= self._log_masks
-        return (call.taint - ingredients) | {call.index}
-
-    def _find_unseen_sources(self, call: _Call) -> bool:
-        """Whether an input holds non-finite values that no recorded operation wrote.
-
-        An operation that overwrites its input has destroyed the evidence, so those inputs are left out.
-        """
-        overwritten = {storage_key(tensor) for tensor in call.written}
-        for tensor in call.inputs:
-            key = storage_key(tensor)
-            if key in overwritten or unreadable_kind(tensor) or is_finite(tensor):
-                continue
-            state = self._memory.find(tensor) or self._memory.add(tensor)
-            self._add_source("uninitialised memory" if state.uninitialised else "constant", "", tensor, state)
-            call.taint |= state.births
-        return bool(call.taint)
-
-    def _record(self, call: _Call, kind: Any, facts: tuple[Any, ...], *, deliberate: bool) -> None:
-        # What only passes on leaves room for a birth that comes late.
-        if len(self._records) >= (MAX_RECORDS if kind == "birth" else MAX_RECORDS // 2):
-            self._num_dropped += 1
-            return
-        site, recomputed, phase = self._where()
-        record = OpRecord(
-            index=call.index,
-            op=op_name(call.func),
-            kind=kind,
-            phase=phase,
-            module=site.module if site else self._path.current,
-            source=site.line if site else None,
-            forward_index=site.index if site and phase == "backward" else None,
-            forward_op=site.op if site and phase == "backward" else None,
-            deliberate=deliberate,
-            outputs=facts,
-            ingredients=tuple(sorted(call.taint)),
-            recomputed=recomputed,
-            own_backward=own_backward_line(torch._C._current_autograd_node()),
-        )
-        self._records.append(record)
-
-    def _where(self) -> tuple[ForwardSite | None, bool, Phase]:
-        """The site of the running operation, whether it is a recomputation, and its phase."""
-        node = torch._C._current_autograd_node()
-        recomputed = node is not None and self._path.in_backward
-        if node is None or recomputed:
-            here = ForwardSite(-1, "", self._path.current, user_frame(), self._phase)
-            return here, recomputed, "forward" if recomputed else self._phase
-        return self._sites.get(node._sequence_nr() + 1), False, "backward"
-
-    def _declare_one(self, kind: Any, name: str, tensor: Tensor) -> None:
-        if unreadable_kind(tensor):
-            self._skipped[unreadable_kind(tensor) or ""] += 1
-            return
-        state = self._memory.find(tensor) or self._memory.add(tensor)
-        if not is_finite(tensor):
-            self._add_source(kind, name, tensor, state)
-
-    def _add_source(self, kind: Any, name: str, tensor: Tensor, state: Storage) -> None:
-        index, facts = -1 - len(self._sources), value_facts(tensor)
-        self._sources.append(StateSource(index, kind, name, facts, first_nonfinite(tensor)))
-        state.births |= {index}
-        state.own |= {index}
-        if kind in ("buffer", "constant") and facts.num_neginf == facts.num_nonfinite:
-            self._deliberate.add(index)
-
-    def _state_of(self, tensor: Tensor, *, is_result: bool = False) -> Storage | None:
-        """What is known of the tensor's memory; memory first seen as an input is looked at now."""
-        reason = unreadable_kind(tensor)
-        if reason is not None:
-            self._skipped[reason] += 1
-            return None
-        state = self._memory.find(tensor)
-        if state is None:
-            state = self._memory.add(tensor)
-            if not is_result and can_hold_nonfinite(tensor) and not is_finite(tensor):
-                self._add_source("constant", "", tensor, state)
-        return state
+    def here(self) -> Here:
+        """Where the running operation stands."""
+        node = _running_node()
+        frame = sys._getframe(1)
+        if node is None:
+            line = line_of(user_place(frame), self.drivers)
+            is_between = self.is_past_backward and self.path.is_outside and self._phase == "forward"
+            return Here(self._phase, self.path.current, line, is_between=is_between)
+        kind, place = place_in_backward(frame)
+        if kind == "recomputed":
+            return Here("forward", self.path.current, line_of(place, self.drivers), recomputed=True)
+        site = self._sites.get(node._sequence_nr() + 1)
+        line = line_of(site.place, self.drivers) if site is not None else None
+        own = line_of(place, self.drivers) if kind == "code" else None
+        module = site.module if site is not None else self.path.module_of(getattr(node, "variable", None))
+        if own is not None and not is_users_function(node):
+            # A hook: what it computes comes from its own line, not from the one it hangs on.
+            return Here("backward", module, own)
+        index, op = (site.index, site.op) if site is not None else (None, None)
+        return Here("backward", module, line, forward_index=index, forward_op=op, own_backward=own)
 
 
-def _untraced() -> Any:
-    """Suspends the tracer for its own looks."""
-    return torch.utils._python_dispatch._disable_current_modes()
+def _is_narrowing(traits: OpTraits, args: Any, output: Any) -> bool:
+    """Whether a conversion can overflow: its result has a smaller type than what it was made of."""
+    if traits.name.startswith("_foreach"):
+        made, given = args[0][0], args[1][0]
+    elif traits.writes:
+        made, given = args[0], args[1]
+    else:
+        made, given = output, args[0]
+    if not (isinstance(given, Tensor) and isinstance(made, Tensor) and made.is_floating_point()):
+        return False
+    return made.dtype != given.dtype and torch.finfo(made.dtype).max < _largest(given.dtype)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    if dtype.is_complex:
+        return torch.finfo(dtype).max
+    return (
+        torch.finfo(dtype).max
+        if dtype.is_floating_point
+        else float(torch.iinfo(dtype).max)
+        if dtype != torch.bool
+        else 1.0
+    )
+
+
+def _owner(kind: Any, name: str) -> str:
+    """Dotted path of the module that owns a parameter or buffer of this name."""
+    return name.rpartition(".")[0] if kind in ("parameter", "buffer") else ""
+
+
+def untraced() -> Any:
+    """Suspends tracing for looks of our own: no mode sees their operations."""
+    return torch._C._DisableTorchDispatch()

@@ -15,6 +15,8 @@ from nanhunt.records.steps import Tally
 
 # Sums in these types overflow at a few thousand ordinary values, so they are summed in float32.
 _SUMMED_WIDER = (torch.float16,)
+# Below this many elements, copying a tensor next to others costs less than a call of its own.
+_SMALL = 16384
 _FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
 
 
@@ -83,12 +85,65 @@ def sums(tensors: Sequence[Tensor]) -> Tensor | None:
     return torch.cat(stacks) if stacks else None
 
 
+def list_is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element of every tensor that can be read is finite.
+
+    Many small tensors, as a foreach optimizer writes them, are copied together for one sum.
+    """
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if not can_hold_nonfinite(tensor) or unreadable_kind(tensor) is not None:
+            continue
+        if len(tensors) > 3 and tensor.numel() < _SMALL and tensor.layout is torch.strided and not tensor.is_complex():
+            small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        elif not is_finite(tensor):
+            return False
+    return all(is_finite(_joined(group)) or all(map(is_finite, group)) for group in small.values())
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch._C._nn.flatten_dense_tensors(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every element of every tensor is finite."""
+    """Whether every element of every tensor is finite; what cannot be read is passed over.
+
+    Reads one scalar back where all tensors share a device.
+    """
+    total = _total(tensors)
+    if total is not None and math.isfinite(total):
+        return True
     totals = sums(tensors)
     if totals is None or math.isfinite(totals.sum().item()):
         return True
     return all(is_finite(tensor) for tensor in tensors if unreadable_kind(tensor) is None)
+
+
+def _total(tensors: Sequence[Tensor]) -> float | None:
+    """The sum over all tensors, in as few calls as there can be; None if they are not as alike as that takes.
+
+    Which kinds of tensors can be put together is left to torch to say, for asking each of its kind takes as long as
+    the sum.
+    """
+    small: list[Tensor] = []
+    parts: list[Tensor] = []
+    try:
+        for tensor in tensors:
+            if tensor.numel() < _SMALL:
+                small.append(tensor)
+            else:
+                parts.append(_wide_sum(tensor))
+        if small:
+            parts.append(_wide_sum(torch._utils._flatten_dense_tensors(small)))
+        total = torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+        return None if total.is_complex() else total.item()
+    except (RuntimeError, NotImplementedError, IndexError):
+        # Sparse, meta and nested tensors, several devices, no tensor at all.
+        return None
+
+
+def _wide_sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.float32) if tensor.dtype in _SUMMED_WIDER else tensor.sum()
 
 
 def value_facts(tensor: Tensor) -> ValueFacts:

@@ -1,6 +1,10 @@
-"""What is known of each piece of memory, by storage, held so that an address is never taken for another's."""
+"""What is known of memory that may hold non-finite values, by storage, so that an address is never taken for another's.
+
+Finite memory is not followed at all: while nothing is non-finite there is nothing to look up.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nanhunt.observe.finite import stored_values, unreadable_kind
 
 NO_BIRTHS: frozenset[int] = frozenset()
+
+_MANY = 1024
 
 
 @dataclass
@@ -18,37 +24,90 @@ class Storage:
         ref: Holds the address, not the values.
         births: Indices of the births whose non-finite values it may hold.
         own: Those among them that were in it before the step.
-        uninitialised: Whether nothing was written to it yet.
     """
 
     ref: StorageWeakRef
     births: frozenset[int] = NO_BIRTHS
     own: frozenset[int] = NO_BIRTHS
-    uninitialised: bool = False
 
 
 class Memory:
-    """The storages seen so far; the values themselves are freed as soon as the traced program lets go of them."""
+    """The storages that may hold non-finite values; the values are freed as soon as the traced program lets go of them.
+
+    Attributes:
+        tainted: Storages with births, by their identity. A weak reference keeps the identity from being used again.
+        unwritten: Storages that came from ``empty`` and were not yet written from end to end, and where that was.
+        received: Storages that a collective wrote, so that their values may come from another process.
+    """
 
     def __init__(self) -> None:
-        self._storages: dict[int, Storage] = {}
-
-    def __len__(self) -> int:
-        return len(self._storages)
+        self.tainted: dict[int, Storage] = {}
+        self.unwritten: dict[int, tuple[StorageWeakRef, Any]] = {}
+        self.received: dict[int, tuple[StorageWeakRef, Any]] = {}
 
     def find(self, tensor: Tensor) -> Storage | None:
-        """What is known of the tensor's memory; None if it was not seen before."""
-        return self._storages.get(storage_key(tensor))
+        """What is known of the tensor's memory; None if it is not known to be tainted."""
+        return self.tainted.get(storage_key(tensor))
 
-    def add(self, tensor: Tensor) -> Storage:
-        """Begins to follow the tensor's memory."""
-        state = Storage(StorageWeakRef(stored_values(tensor).untyped_storage()))
-        self._storages[state.ref.cdata] = state
+    def births_of(self, tensor: Tensor) -> frozenset[int]:
+        """The births that the tensor's memory may hold."""
+        state = self.tainted.get(storage_key(tensor))
+        return state.births if state is not None else NO_BIRTHS
+
+    def taint(self, tensor: Tensor, births: frozenset[int]) -> Storage:
+        """Notes that the tensor's memory holds these births, beside those it may hold elsewhere."""
+        key = storage_key(tensor)
+        state = self.tainted.get(key)
+        if state is None:
+            state = self.tainted[key] = Storage(_reference(tensor))
+        state.births = births if covers_storage(tensor) else state.births | births
         return state
+
+    def clean(self, tensor: Tensor) -> None:
+        """Notes that the tensor, which is finite, was written; what lies beside it in its memory stays what it was."""
+        if covers_storage(tensor):
+            self.tainted.pop(storage_key(tensor), None)
+
+    def note_unwritten(self, tensor: Tensor, where: Any) -> None:
+        """Notes memory that holds whatever it held, and where it was asked for."""
+        self._remember(self.unwritten, tensor, where)
+
+    def note_received(self, tensor: Tensor, where: Any) -> None:
+        """Notes memory that other processes wrote to, and where."""
+        self._remember(self.received, tensor, where)
+
+    def note_written(self, tensor: Tensor) -> bool:
+        """Notes a write; tells whether the memory was unwritten in part or whole before."""
+        key = storage_key(tensor)
+        if key not in self.unwritten:
+            return False
+        if covers_storage(tensor):
+            del self.unwritten[key]
+        return True
 
     def purge(self) -> None:
         """Forgets memory that is gone, so that a long trace stays small."""
-        self._storages = {key: state for key, state in self._storages.items() if not state.ref.expired()}
+        self.tainted = {key: state for key, state in self.tainted.items() if not state.ref.expired()}
+        self.unwritten = _alive(self.unwritten)
+        self.received = _alive(self.received)
+
+    def _remember(self, known: dict[int, tuple[StorageWeakRef, Any]], tensor: Tensor, where: Any) -> None:
+        if unreadable_kind(tensor) is not None or not tensor.numel():
+            return
+        if len(known) >= _MANY:
+            alive = _alive(known)
+            known.clear()
+            known.update(alive)
+        reference = _reference(tensor)
+        known[reference.cdata] = (reference, where)
+
+
+def _reference(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(stored_values(tensor).untyped_storage())
+
+
+def _alive(known: dict[int, tuple[StorageWeakRef, Any]]) -> dict[int, tuple[StorageWeakRef, Any]]:
+    return {key: noted for key, noted in known.items() if not noted[0].expired()}
 
 
 def storage_key(tensor: Tensor) -> int:

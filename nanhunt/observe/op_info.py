@@ -10,31 +10,39 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 # Outputs that hold whatever the memory held.
-UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_"}
+_UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_"}
 
-# Operations that only move finite values or bound them: from untainted inputs they make untainted outputs, so the
-# look is saved. A type conversion may overflow and is not among them; neither is anything with a constant that may be
-# infinite.
-CANNOT_CREATE = {
-    *("abs", "cat", "clone", "expand", "flip", "gather", "index_select", "neg", "relu", "repeat", "roll", "sigmoid"),
-    *(
-        "sign",
-        "sin",
-        "cos",
-        "split",
-        "stack",
-        "tanh",
-        "tril",
-        "triu",
-        "zeros",
-        "zeros_like",
-        "ones",
-        "ones_like",
-        "zero_",
-    ),
-    *("threshold_backward", "new_zeros", "unfold_backward", "slice_backward", "select_backward"),
-}
+# Operations that only move finite values, bound them or compare them: from finite inputs they make finite outputs, so
+# the look is saved. A conversion may overflow and is looked at where the type gets smaller; what takes a constant that
+# may be infinite is not among them. In order: views and copies; moves; constants and random numbers of bounded size;
+# what is bounded by its argument or by 1; comparisons and counts.
+_MOVES_OR_BOUNDS = """
+alias as_strided as_strided_ clone contiguous detach detach_ diagonal diagonal_scatter expand expand_as flatten lift
+lift_fresh lift_fresh_copy movedim narrow permute reshape _reshape_alias _reshape_copy select select_scatter slice
+slice_scatter split split_with_sizes squeeze squeeze_ swapaxes t t_ transpose transpose_ unbind unfold unflatten
+unsqueeze unsqueeze_ view view_as view_as_complex view_as_real _unsafe_view real imag _conj _conj_physical
+resolve_conj resolve_neg _neg_view conj_physical set_
+cat concat stack hstack vstack flip roll repeat repeat_interleave tile gather index index_select take take_along_dim
+embedding unfold_backward slice_backward select_backward diagonal_backward narrow_copy rot90 pixel_shuffle
+pixel_unshuffle channel_shuffle masked_select masked_scatter tril triu tril_ triu_ diag_embed _foreach_copy
+_pack_padded_sequence _pad_packed_sequence nonzero upsample_nearest1d upsample_nearest2d reflection_pad1d
+reflection_pad2d replication_pad1d replication_pad2d
+zeros zeros_like ones ones_like zero_ new_zeros new_ones eye arange rand rand_like randn randn_like randint
+randint_like randperm bernoulli bernoulli_ multinomial uniform_ normal_ normal random_ linspace _foreach_zero_
+abs neg sign sgn relu relu_ relu6 hardtanh hardtanh_ sigmoid sigmoid_ tanh tanh_ sin cos atan erf gelu gelu_
+leaky_relu leaky_relu_ elu silu silu_ hardswish hardsigmoid threshold threshold_ threshold_backward
+hardtanh_backward leaky_relu_backward sigmoid_backward tanh_backward floor ceil round trunc frac heaviside max min
+amax amin aminmax maximum minimum fmax fmin sort topk kthvalue median mode argmax argmin argsort where
+_foreach_maximum_ _foreach_maximum _foreach_neg _foreach_lerp_ lerp lerp_ _foreach_abs _foreach_sign
+max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
+eq ne lt le gt ge logical_and logical_or logical_not logical_xor isnan isinf isfinite isposinf isneginf any all
+bitwise_and bitwise_or bitwise_not bitwise_xor count_nonzero searchsorted bucketize bincount unique _unique2
+_local_scalar_dense is_same_size equal size stride numel sym_size
+"""
+_CANNOT_CREATE = frozenset(_MOVES_OR_BOUNDS.split())
 
+# Conversions: what they can create depends on the types.
+_CONVERSIONS = {"_to_copy", "to", "copy_", "_foreach_copy_"}
 
 # Operations in place that do not read what they write to; those with ``out=`` do not either.
 _OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_", "uniform_", "bernoulli_"}
@@ -43,6 +51,73 @@ _OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "n
 # the statistics and of the training flag.
 _BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 _STATISTICS, _TRAINING = slice(3, 5), 5
+
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+
+
+@dataclass(frozen=True)
+class OpTraits:
+    """What the schema of an operation and its name say once and for all.
+
+    Attributes:
+        name: ``div_`` for ``aten.div_.Tensor``.
+        full_name: ``aten::div_``.
+        creates: Whether a non-finite value can come out of finite ones.
+        converts: Whether that depends on the types.
+        writes: Positions and names of the arguments it writes to.
+        overwrites: Whether it does not read them before.
+        is_uninitialised: Whether the result is whatever the memory held.
+        is_collective: Whether the result comes from other processes as well.
+        is_batch_norm: Whether it writes running statistics that its schema does not name.
+        argument_names: Names of the arguments in its schema.
+    """
+
+    name: str
+    full_name: str
+    creates: bool
+    converts: bool
+    writes: tuple[tuple[int, str], ...]
+    overwrites: bool
+    is_uninitialised: bool
+    is_collective: bool
+    is_batch_norm: bool
+    argument_names: tuple[str, ...]
+
+
+_TRAITS: dict[Any, OpTraits] = {}
+
+
+def traits_of(func: Any) -> OpTraits:
+    """The traits of an operation, worked out once."""
+    known = _TRAITS.get(func)
+    if known is None:
+        known = _TRAITS[func] = _worked_out(func)
+    return known
+
+
+def _worked_out(func: Any) -> OpTraits:
+    schema = getattr(func, "_schema", None)
+    name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
+    namespace = getattr(func, "namespace", "")
+    arguments = schema.arguments if schema is not None and schema.is_mutable else ()
+    written = [
+        (position, argument.name, argument.is_out)
+        for position, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    is_aten = namespace in ("aten", "prim", "")
+    return OpTraits(
+        name=name,
+        full_name=op_name(func),
+        creates=not (is_aten and (name in _CANNOT_CREATE or name in _CONVERSIONS or name in _UNINITIALISED)),
+        converts=is_aten and name in _CONVERSIONS,
+        writes=tuple((position, argument) for position, argument, _ in written),
+        overwrites=bool(written) and (name in _OVERWRITES or all(is_out for *_, is_out in written)),
+        is_uninitialised=is_aten and name in _UNINITIALISED,
+        is_collective=namespace in _COLLECTIVES,
+        is_batch_norm=name in _BATCH_NORMS,
+        argument_names=tuple(argument.name for argument in schema.arguments) if schema is not None else (),
+    )
 
 
 class FocusReached(BaseException):
@@ -66,23 +141,25 @@ def op_name(func: Any) -> str:
     return schema.name if schema is not None else str(func)
 
 
-def written(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], bool]:
-    """The arguments that the operation writes to (in place, ``out=``, lists), and whether it reads them before."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return [], True
-    if not schema.is_mutable:
-        if func.overloadpacket.__name__ in _BATCH_NORMS and args[_TRAINING]:
-            return [tensor for tensor in args[_STATISTICS] if tensor is not None], True
-        return [], True
-    written: list[Tensor] = []
-    is_read = func.overloadpacket.__name__ not in _OVERWRITES
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-            is_read = is_read and not argument.is_out
-    return written, is_read
+def tensors_in(*values: Any) -> list[Tensor]:
+    """The tensors among arguments or results; lists and tuples of tensors, as operations take them, are opened."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(tensors_in(*value))
+        elif isinstance(value, dict):
+            found.extend(tensors_in(*value.values()))
+    return found
+
+
+def written(traits: OpTraits, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that the operation writes to: in place, ``out=``, lists, running statistics."""
+    if traits.is_batch_norm:
+        return [tensor for tensor in args[_STATISTICS] if tensor is not None] if args[_TRAINING] else []
+    values = [args[position] if position < len(args) else kwargs.get(name) for position, name in traits.writes]
+    return tensors_in(*values)
 
 
 def is_deliberate(args: Any, kwargs: Any, *, makes_nan: bool) -> bool:
@@ -93,7 +170,7 @@ def is_deliberate(args: Any, kwargs: Any, *, makes_nan: bool) -> bool:
 
 def is_log_of_mask(name: str, args: Any) -> bool:
     """Whether it is the logarithm of exact zeros and ones that no gradient is wanted of."""
-    if name != "log" or args[0].requires_grad:
+    if name not in ("log", "log2", "log10", "log_") or args[0].requires_grad:
         return False
     return bool(((args[0] == 0) | (args[0] == 1)).all())
 

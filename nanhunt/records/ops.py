@@ -74,6 +74,9 @@ class OpRecord:
         ingredients: Indices of earlier births whose infinities went in.
         recomputed: Whether it ran while a checkpointed forward was recomputed.
         own_backward: The line it ran at, where an ``autograd.Function`` of the user's has a backward of its own.
+        is_between: Whether it ran outside modules between a backward pass and the next forward pass.
+        step: Optimizer step it ran in, as far as the observer counts them.
+        micro_step: Part of an accumulated step.
     """
 
     index: int
@@ -89,11 +92,14 @@ class OpRecord:
     ingredients: tuple[int, ...] = ()
     recomputed: bool = False
     own_backward: SourceLine | None = None
+    is_between: bool = False
+    step: int = 0
+    micro_step: int = 0
 
 
 @dataclass(frozen=True)
 class StateSource:
-    """A tensor that was non-finite before any operation of the step touched it.
+    """A tensor that was non-finite before any traced operation touched it.
 
     Attributes:
         index: A negative number that stands for it among the births; no operation has it.
@@ -101,15 +107,37 @@ class StateSource:
         name: Its name, such as ``batch.windows`` or ``encoder.0.weight``.
         facts: Counts.
         first_index: Position of its first non-finite element.
+        module: Dotted path of the module that owns it; '' for what no module owns.
+        source: The user's line that first read it, or that made memory nobody wrote; None if it was looked at before.
+        op: The operation that made memory nobody wrote.
+        found_at: Index of the operation that read it; -1 if it was looked at before.
+        deliberate: Whether it looks like a mask: all of its non-finite values are -inf, and it is not data.
+        step: Optimizer step it was found in.
+        micro_step: Part of an accumulated step.
     """
 
     index: int
     kind: Literal[
-        "batch", "parameter", "buffer", "optimizer state", "constant", "uninitialised memory", "output gradient"
+        "batch",
+        "parameter",
+        "buffer",
+        "module attribute",
+        "optimizer state",
+        "constant",
+        "uninitialised memory",
+        "output gradient",
+        "collective",
     ]
     name: str
     facts: ValueFacts
     first_index: tuple[int, ...] = ()
+    module: str = ""
+    source: SourceLine | None = None
+    op: str = ""
+    found_at: int = -1
+    deliberate: bool = False
+    step: int = 0
+    micro_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,13 +180,19 @@ class Trace:
     def first_offender(self) -> OpRecord | StateSource | None:
         """The earliest birth or source from which a sink was reached; None if no sink was.
 
-        A deliberate birth counts only where nothing else reached a sink: a mask is an ingredient of the operation that
-        could not take it.
+        A deliberate one counts only where nothing else reached a sink: a mask is an ingredient of the operation that
+        could not take it. What was bad before a step explains more than anything the step computed; among several,
+        the first looked at comes first.
         """
         reached = {birth for sink in self.sinks for birth in sink.births}
-        sources = [source for source in self.sources if source.index in reached]
-        if sources:
-            # State that is bad before the step explains more than anything the step computed from it.
-            return max(sources, key=lambda source: source.index)
-        births = [record for record in self.ops if record.kind == "birth" and record.index in reached]
-        return next((record for record in births if not record.deliberate), births[0] if births else None)
+        found: list[tuple[tuple[bool, int, int, int], OpRecord | StateSource]] = [
+            ((source.deliberate, source.step, source.found_at, -source.index), source)
+            for source in self.sources
+            if source.index in reached
+        ]
+        found += [
+            ((record.deliberate, record.step, record.index, 0), record)
+            for record in self.ops
+            if record.kind == "birth" and record.index in reached
+        ]
+        return min(found, key=lambda pair: pair[0])[1] if found else None

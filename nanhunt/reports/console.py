@@ -67,19 +67,25 @@ def _print_sections(report: Report, console: Console) -> None:
     for sentence in report.verdict.sentences:
         _wrapped(console, sentence, "  - ")
     console.print()
-    console.print(_text(f"{count(report.num_steps, 'step')} run in {report.seconds:.1f} s", "dim"))
+    run = f"{count(report.num_steps, 'step')} run" if report.determinism is not None else "traced"
+    console.print(_text(f"{run} in {report.seconds:.1f} s", "dim"))
 
 
 def _print_head(report: Report, console: Console) -> None:
     _wrapped(console, _text(report.title, "bold"), "", "  ")
-    detail = f" ({report.determinism.detail})" if report.determinism.detail else ""
     table = _columns(2)
-    for left, right in (*report.facts, ("determinism", f"{report.determinism.status}{detail}")):
+    for left, right in (*report.facts, *_determinism(report)):
         table.add_row(_text(left, "dim"), _text(right))
     console.print(Padding(table, (0, 0, 0, 2)))
     if not report.findings:
         console.print()
         _wrapped(console, _nothing_found(report), "")
+
+
+def _determinism(report: Report) -> Iterator[tuple[str, str]]:
+    if report.determinism is not None:
+        detail = f" ({report.determinism.detail})" if report.determinism.detail else ""
+        yield "determinism", f"{report.determinism.status}{detail}"
 
 
 def _nothing_found(report: Report) -> str:
@@ -96,7 +102,7 @@ def _print_finding(finding: Finding, console: Console) -> None:
     named = " of ".join(part for part in (where.op, where.forward_op) if part)
     place = ", ".join(part for part in (named, where.phase, *_numbers(where)) if part)
     line = f"{short_path(where.source.file)}:{where.source.line}" if where.source is not None else ""
-    for text in (place, where.module, line):
+    for text in (place, where.tensor or where.module, line):
         if text:
             _wrapped(console, text, "  --> ")
     if where.source is not None and where.source.text:

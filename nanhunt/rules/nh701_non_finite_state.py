@@ -15,7 +15,7 @@ from nanhunt.records.ops import StateSource, ValueFacts
 from nanhunt.rules.nh101_non_finite_activation import describe
 from nanhunt.rules.registry import Case, Judgement, Rule
 
-_STATE = ("parameter", "buffer", "optimizer state", "constant", "uninitialised memory")
+_STATE = ("parameter", "buffer", "module attribute", "optimizer state", "constant", "uninitialised memory")
 
 
 def _judge(case: Case) -> Judgement | None:

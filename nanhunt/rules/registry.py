@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 import nanhunt.rules
-from nanhunt.findings import Finding, Location
+from nanhunt.findings import Finding, Location, Severity
 from nanhunt.records.evidence import OffenderEvidence, Operand
+from nanhunt.records.health import Health
 from nanhunt.records.ops import OpRecord, StateSource, Trace
 
 
@@ -21,12 +23,16 @@ class Case:
         evidence: The values at its offending elements; None where none could be gathered.
         trace: The whole trace.
         step: Optimizer step.
+        micro_step: Part of an accumulated step.
+        rank: Process of a distributed run.
     """
 
     offender: OpRecord | StateSource
     evidence: OffenderEvidence | None = None
     trace: Trace = field(default_factory=lambda: Trace(0, ()))
     step: int = 0
+    micro_step: int = 0
+    rank: int = 0
 
     @property
     def op(self) -> OpRecord | None:
@@ -41,12 +47,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a rule says of a case it applies to: the fact, its numbers, the context, what to try."""
+    """What a rule says of what it applies to: the fact, its numbers, the context, what to try.
+
+    Attributes:
+        message: The fact.
+        evidence: Its numbers.
+        notes: The context.
+        help: What to try.
+        location: Where, in a run's health; the offender of a step has its own.
+    """
 
     message: str
     evidence: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     help: tuple[str, ...] = ()
+    location: Location | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,16 @@ class Rule:
         name: Kebab case; names the fault.
         cause: Kebab-case cause, or ``unknown`` for a rule that only says where.
         judge: The judgement, or None where the predicate does not hold.
+        judges: What it is given: the first offender of a step, or the health of a run.
+        severity: Of its findings.
     """
 
     code: str
     name: str
     cause: str
-    judge: Callable[[Case], Judgement | None]
+    judge: Callable[[Any], Judgement | None]
+    judges: type[Case] | type[Health] = Case
+    severity: Severity = "error"
 
 
 @cache
@@ -84,25 +103,37 @@ def all_rules() -> tuple[Rule, ...]:
 
 def judge(case: Case) -> Finding:
     """The finding for the first offender: of the first rule that names a cause, else of the one that says where."""
-    ordered = sorted(all_rules(), key=lambda rule: (rule.cause == "unknown", rule.code))
+    rules = [rule for rule in all_rules() if rule.judges is Case]
+    ordered = sorted(rules, key=lambda rule: (rule.cause == "unknown", rule.code))
     for rule in ordered:
         judgement = rule.judge(case)
         if judgement is not None:
-            return _finding(rule, judgement, case)
+            return _finding(rule, judgement, locate(case), _own_backward(case))
     raise ValueError(f"no rule covers {case.offender}")
 
 
-def _finding(rule: Rule, judgement: Judgement, case: Case) -> Finding:
+def judge_health(health: Health) -> list[Finding]:
+    """What is wrong with a run whose values are finite, the earliest step first; empty for a healthy one."""
+    findings = []
+    for rule in all_rules():
+        judgement = rule.judge(health) if rule.judges is Health else None
+        if judgement is not None:
+            assert judgement.location is not None
+            findings.append(_finding(rule, judgement, judgement.location))
+    return sorted(findings, key=lambda finding: (finding.location.step or 0, finding.code))
+
+
+def _finding(rule: Rule, judgement: Judgement, location: Location, notes: tuple[str, ...] = ()) -> Finding:
     return Finding(
         code=rule.code,
         name=rule.name,
-        severity="error",
+        severity=rule.severity,
         certainty="unknown" if rule.cause == "unknown" else "observed",
         cause=rule.cause,
         message=judgement.message,
-        location=locate(case),
+        location=location,
         evidence=judgement.evidence,
-        notes=(*judgement.notes, *_own_backward(case)),
+        notes=(*judgement.notes, *notes),
         help=judgement.help,
     )
 
@@ -113,11 +144,29 @@ def _own_backward(case: Case) -> tuple[str, ...]:
     return (f"it ran in a backward of your own, line {line.line}: {line.text}",) if line else ()
 
 
+_SOURCE_PHASES = {
+    "batch": "data",
+    "output gradient": "backward",
+    "collective": "backward",
+    "optimizer state": "optimizer",
+    "uninitialised memory": "forward",
+}
+
+
 def locate(case: Case) -> Location:
     """Where the offender is, in the terms of a finding."""
     if isinstance(case.offender, StateSource):
-        phase = {"batch": "data", "output gradient": "backward"}.get(case.offender.kind, "weights")
-        return Location(phase=phase, module=case.offender.name, step=case.step)
+        source = case.offender
+        return Location(
+            phase=_SOURCE_PHASES.get(source.kind, "weights"),
+            op=source.op,
+            module=source.module,
+            tensor=source.name,
+            source=source.source,
+            step=case.step,
+            micro_step=case.micro_step,
+            rank=case.rank,
+        )
     record = case.offender
     return Location(
         phase="optimizer" if record.phase in ("clip", "optimizer") else record.phase,
@@ -126,4 +175,6 @@ def locate(case: Case) -> Location:
         module=record.module,
         source=record.source,
         step=case.step,
+        micro_step=case.micro_step,
+        rank=case.rank,
     )

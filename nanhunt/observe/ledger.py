@@ -1,0 +1,385 @@
+"""What is known of every non-finite value of a traced step: where it was born, where it went, what it reached.
+
+NOTE on how a fault is followed.
+
+1. Memory, not Python objects, carries a value: autograd unpacks a saved tensor as a new object, views and in-place
+   operations share memory. State is therefore kept per storage, held by a weak reference so that an address is never
+   taken for another's.
+2. A storage is *tainted* with the indices of the births whose non-finite values it may hold. A read of a tainted
+   storage looks at the view that is really read; only then do the births travel on.
+3. An operation whose inputs are all untainted needs one look, at its output, and not even that if it can only move or
+   bound what it is given. A non-finite output is then a birth, unless an input turns out to be non-finite that no
+   traced operation wrote: that is a source.
+4. Memory from ``empty`` holds anything until it is written, and is not looked at before.
+5. A deliberate value (a -inf mask) that an operation turns into NaN is that operation's ingredient: what travels on is
+   the operation's own birth.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from nanhunt.observe.call import Call, Here, Origin, Places
+from nanhunt.observe.finite import (
+    can_hold_nonfinite,
+    first_nonfinite,
+    is_finite,
+    nonfinite_kinds,
+    unreadable_kind,
+    value_facts,
+)
+from nanhunt.observe.memory import NO_BIRTHS, Memory, storage_key
+from nanhunt.observe.op_info import OpTraits, is_deliberate, is_log_of_mask, tensors_in, written
+from nanhunt.observe.written_over import was_nonfinite_before
+from nanhunt.records.ops import OpRecord, Sink, StateSource, Trace, ValueFacts
+
+_STATE = ("buffer", "parameter", "optimizer state")
+
+MAX_RECORDS = 20_000
+"""Records kept; more are counted. A step that is wholly NaN propagates through every one of its operations."""
+
+
+class Ledger:
+    """Follows non-finite values through the operations it is shown.
+
+    Args:
+        places: Says where the running operation stands; asked only when something is written down.
+        origin: Says what a tensor is that no traced operation wrote.
+
+    Attributes:
+        memory: The storages that may hold non-finite values.
+        step: Optimizer step, from 0.
+        micro_step: Part of an accumulated step.
+        read_numbers: The non-finite loss that was last read as a number; who reads it may end the step over it.
+        held: Sinks that count only if a ``GradScaler`` does not get over them.
+        is_scaling: Whether the loss is just being multiplied by its scale.
+        scaling: Births of that multiplication.
+        by_hand: Births that reached state or gradients before anything else, so that their operations, if they stand
+            between a backward and the next forward pass, are an update.
+        fed: Births that a model was given as its input.
+    """
+
+    def __init__(self, places: Places, origin: Callable[[Tensor], Origin]) -> None:
+        self.memory = Memory()
+        self.step = self.micro_step = 0
+        self.records: list[OpRecord] = []
+        self.sources: list[StateSource] = []
+        self.sinks: list[Sink] = []
+        self.num_dropped = 0
+        self.skipped: Counter[str] = Counter()
+        self.read_numbers: dict[str, Sink] = {}
+        self.held: list[Sink] = []
+        self.is_scaling = False
+        self.scaling: set[int] = set()
+        self.by_hand: set[int] = set()
+        self.fed: set[int] = set()
+        self._places, self._origin = places, origin
+        self._numbers: frozenset[int] = NO_BIRTHS
+        self._unused: set[int] = set()
+        self._deliberate: set[int] = set()
+        self._log_masks: set[int] = set()
+
+    def trace(self, num_ops: int, problems: Iterable[str]) -> Trace:
+        """The records so far."""
+        ops = [replace(r, phase="optimizer") if r.is_between and r.index in self.by_hand else r for r in self.records]
+        return Trace(
+            num_ops=num_ops,
+            ops=tuple(ops),
+            sources=tuple(self.sources),
+            sinks=tuple(self.sinks),
+            num_dropped=self.num_dropped,
+            skipped=tuple(self.skipped.items()),
+            problems=tuple(problems),
+        )
+
+    # Before and after an operation.
+
+    def before(self, index: int, traits: OpTraits, args: Any, kwargs: Any) -> Call:
+        """Looks at those inputs whose memory is tainted."""
+        inputs = tensors_in(*args, *kwargs.values())
+        call = Call(index, traits, args, kwargs, inputs, written(traits, args, kwargs))
+        unread = {id(tensor) for tensor in call.written} if traits.overwrites else set()
+        tainted = self.memory.tainted
+        for tensor in inputs:
+            state = tainted.get(storage_key(tensor)) if tainted else None
+            if state is not None and id(tensor) not in unread:
+                self._read_tainted(call, tensor, state.births)
+        return call
+
+    def _read_tainted(self, call: Call, tensor: Tensor, births: frozenset[int]) -> None:
+        """Rule 2: only the view that is really read counts."""
+        has_nan, has_inf = (False, False) if unreadable_kind(tensor) else nonfinite_kinds(tensor)
+        if not (has_nan or has_inf):
+            return
+        call.taint |= births
+        call.saw_nan |= has_nan
+        call.saw_inf |= has_inf
+        if call.traits.name == "_local_scalar_dense":
+            self._numbers = births - self._deliberate
+        if tensor.requires_grad and tensor.numel() == 1 and not births <= self._deliberate:
+            # Perhaps the loss; who reads it as a number may end the step over it.
+            self.read_numbers["loss"] = Sink("loss", "loss", value_facts(tensor), tuple(sorted(births)))
+
+    def _note_first_use(self, indices: frozenset[int]) -> None:
+        """What was non-finite before the step does harm where it is read."""
+        line = self._places.here().source
+        for index in indices:
+            self.sources[-1 - index] = replace(
+                self.sources[-1 - index], source=line, step=self.step, micro_step=self.micro_step
+            )
+        self._unused -= indices
+
+    def after(self, call: Call, output: Any) -> bool:
+        """Looks at the results; tells whether a non-finite value was found among them."""
+        produced = tensors_in(output)
+        input_keys = {storage_key(tensor) for tensor in call.inputs}
+        shown = {id(tensor) for tensor in call.written}
+        fresh = [t for t in produced if id(t) not in shown and storage_key(t) not in input_keys]
+        results = [*fresh, *call.written]
+        if call.traits.is_uninitialised:
+            for tensor in results:
+                self.memory.note_unwritten(tensor, self._places.site(call.index, call.traits))
+            return False
+        if call.traits.is_collective:
+            for tensor in results or call.inputs:
+                self.memory.note_received(tensor, self._places.site(call.index, call.traits))
+        bad = [tensor for tensor in results if self._is_bad_result(call, tensor)]
+        if bad:
+            self._record_nonfinite(call, bad)
+        elif call.taint and fresh:
+            self._record(call, "kill", ())
+        return bool(bad)
+
+    def _is_bad_result(self, call: Call, tensor: Tensor) -> bool:
+        """Whether the result is non-finite; memory that is overwritten by finite values is clean again."""
+        reason = unreadable_kind(tensor)
+        if reason is not None:
+            self.skipped[reason] += 1
+            return False
+        if call.written and self.memory.unwritten:
+            self.memory.note_written(tensor)
+        if not can_hold_nonfinite(tensor):
+            if call.taint and "linalg" in call.traits.name:
+                # The error codes of a decomposition: read again only where an operation refuses it.
+                self.memory.taint(tensor, call.taint)
+            return False
+        if is_finite(tensor):
+            self.memory.clean(tensor)
+            return False
+        return True
+
+    def _record_nonfinite(self, call: Call, bad: Sequence[Tensor]) -> None:
+        if call.taint & self._unused:
+            self._note_first_use(call.taint & self._unused)
+        makes_nan = any(nonfinite_kinds(tensor)[0] for tensor in bad)
+        explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
+        if not explained:
+            explained = self._find_unseen_sources(call, bad, makes_nan=makes_nan)
+        if not explained and self._numbers and is_deliberate(call.args, call.kwargs, makes_nan=makes_nan):
+            # A number that was read from a tensor has come back.
+            call.taint |= self._numbers
+            explained = True
+        here = self._places.here()
+        # A learning rate of infinity is no mask.
+        deliberate = here.phase != "optimizer" and is_deliberate(call.args, call.kwargs, makes_nan=makes_nan)
+        if self.is_scaling and not explained:
+            self.scaling.add(call.index)
+        births = call.taint if explained else self._births_with(call, makes_nan=makes_nan)
+        if not explained and deliberate:
+            self._deliberate.add(call.index)
+        elif not explained and is_log_of_mask(call.traits.name, call.args):
+            self._log_masks.add(call.index)
+        for tensor in bad:
+            self.memory.taint(tensor, births)
+        # Counting takes ten times as long as looking, and after a fault nearly every operation propagates.
+        facts = () if explained else tuple(value_facts(tensor) for tensor in bad)
+        self._record(call, "propagate" if explained else "birth", facts, deliberate=deliberate)
+
+    def _births_with(self, call: Call, *, makes_nan: bool) -> frozenset[int]:
+        """The births that travel on from a birth (rule 5 of the NOTE)."""
+        ingredients: set[int] = set()
+        if makes_nan:
+            ingredients |= self._deliberate
+            if "softmax" in call.traits.name or "attention" in call.traits.name:
+                ingredients |= self._log_masks
+        return (call.taint - ingredients) | {call.index}
+
+    def _find_unseen_sources(self, call: Call, bad: Sequence[Tensor], *, makes_nan: bool) -> bool:
+        """Whether an input holds non-finite values that no traced operation wrote, and that explain the result."""
+        overwritten = {storage_key(tensor) for tensor in call.written}
+        seen = call.taint
+        for tensor in call.inputs:
+            key = storage_key(tensor)
+            if key in self.memory.tainted or unreadable_kind(tensor):
+                continue
+            if key in overwritten:
+                # The operation has destroyed the evidence; what is left of it may still tell.
+                if was_nonfinite_before(call.traits.name, tensor, call.args, call.kwargs, makes_nan=makes_nan):
+                    self._add_found(call, tensor, *nonfinite_kinds(tensor))
+            elif not is_finite(tensor):
+                self._add_found(call, tensor, *nonfinite_kinds(tensor))
+        if call.taint == seen:
+            return False
+        return call.saw_nan if makes_nan else True
+
+    def _add_found(self, call: Call, tensor: Tensor, has_nan: bool, has_inf: bool) -> None:
+        """A source that is met at its first use."""
+        key = storage_key(tensor)
+        here = self._places.here()
+        op = ""
+        for kind, noted in (("uninitialised memory", self.memory.unwritten), ("collective", self.memory.received)):
+            if key in noted:
+                site = noted[key][1]
+                origin, op = Origin(kind, module=site.module), site.op
+                here = self._places.seen_from(site)
+                break
+        else:
+            origin = self._origin(tensor)
+        call.taint |= self._add_source(origin, tensor, here, call.index, op)
+        call.saw_nan |= has_nan
+        call.saw_inf |= has_inf
+
+    # What is looked at between the operations.
+
+    def declare(self, origin: Origin, tensor: Tensor, here: Here | None = None, found_at: int = -1) -> None:
+        """Looks at a tensor that exists before the step; a non-finite one becomes a source."""
+        reason = unreadable_kind(tensor)
+        if reason is not None:
+            self.skipped[reason] += 1
+        elif not is_finite(tensor) and not self.memory.births_of(tensor):
+            self._unused |= self._add_source(origin, tensor, here, found_at)
+
+    def declare_result(self, origin: Origin, tensor: Tensor, causes: Iterable[Tensor]) -> None:
+        """Looks at a tensor that something outside the trace computed from traced tensors."""
+        births = NO_BIRTHS.union(*(self.memory.births_of(cause) for cause in causes if not is_finite(cause)))
+        births -= self._deliberate
+        if not births:
+            self.declare(origin, tensor)
+        elif not is_finite(tensor):
+            self.memory.taint(tensor, births)
+
+    def _add_source(
+        self, origin: Origin, tensor: Tensor, here: Here | None, found_at: int, op: str = ""
+    ) -> frozenset[int]:
+        index, facts = -1 - len(self.sources), value_facts(tensor)
+        is_mask = _is_mask(origin, facts)
+        source = StateSource(
+            index,
+            origin.kind,
+            origin.name,
+            facts,
+            first_nonfinite(tensor),
+            module=origin.module,
+            source=here.source if here is not None else None,
+            op=op,
+            found_at=found_at,
+            deliberate=is_mask,
+            step=self.step,
+            micro_step=self.micro_step,
+        )
+        self.sources.append(source)
+        births = frozenset({index})
+        state = self.memory.taint(tensor, births)
+        state.own |= births
+        if is_mask:
+            self._deliberate.add(index)
+        return births
+
+    def reached(self, kind: Any, name: str, tensor: Tensor) -> bool:
+        """Looks at a place where a non-finite value does harm, and notes which births arrived there.
+
+        State that still is what it was before the step (a -inf mask, a lowest loss that starts at inf, a weight that
+        nothing used) is no harm, nor is a mask in a buffer or an output.
+        """
+        if unreadable_kind(tensor) or is_finite(tensor):
+            return False
+        state = self.memory.find(tensor)
+        births = state.births if state is not None else NO_BIRTHS
+        if births:
+            births -= self._deliberate if kind in ("buffer", "output") else NO_BIRTHS
+            births -= state.own if state is not None and kind in _STATE else NO_BIRTHS
+            if not births:
+                return False
+        if kind in _STATE or kind == "output":
+            self.by_hand |= births - {birth for sink in self.sinks for birth in sink.births} - self.fed
+        self.sinks.append(Sink(kind, name, value_facts(tensor), tuple(sorted(births))))
+        return True
+
+    def reached_by_error(self, error: BaseException) -> None:
+        """A backward pass ended in an error: what was born in it is taken for the reason."""
+        births = [
+            record.index
+            for record in self.records
+            if record.kind == "birth" and not record.deliberate and record.step == self.step
+        ]
+        if births and not self.sinks:
+            self.sinks.append(Sink("gradient", f"{type(error).__name__} was raised", ValueFacts((), ""), tuple(births)))
+
+    def refused(self, call: Call) -> None:
+        """An operation that raises over the values it was given is where their births did harm."""
+        births = call.taint
+        for tensor in call.inputs:
+            known = self.memory.births_of(tensor)
+            if not known and unreadable_kind(tensor) is None and not is_finite(tensor):
+                self._add_found(call, tensor, *nonfinite_kinds(tensor))
+                births |= call.taint
+            births |= known
+        if births:
+            bad = next((tensor for tensor in call.inputs if not is_finite(tensor)), call.inputs[0])
+            name = f"refused by {call.traits.full_name}"
+            self.sinks.append(Sink("output", name, value_facts(bad), tuple(sorted(births))))
+
+    @property
+    def has_fault(self) -> bool:
+        """Whether anything but a mask reached a sink."""
+        return any(not set(sink.births) <= self._deliberate for sink in self.sinks)
+
+    def forget_past(self) -> None:
+        """Drops what can no longer reach a sink: records of births that are gone, and of what only passed on."""
+        self.memory.purge()
+        alive = {birth for state in self.memory.tainted.values() for birth in state.births}
+        alive |= self._numbers | {birth for sink in (*self.sinks, *self.held) for birth in sink.births}
+        for record in reversed(self.records):
+            if record.index in alive:
+                alive.update(record.ingredients)
+        self.records = [record for record in self.records if record.kind == "birth" and record.index in alive]
+        self._deliberate &= alive
+        self._log_masks &= alive
+        self.scaling &= alive
+        self.read_numbers.clear()
+
+    def _record(self, call: Call, kind: Any, facts: tuple[Any, ...], *, deliberate: bool = False) -> None:
+        # What only passes on leaves room for a birth that comes late.
+        if len(self.records) >= (MAX_RECORDS if kind == "birth" else MAX_RECORDS // 2):
+            self.num_dropped += 1
+            return
+        here = self._places.here()
+        self.records.append(
+            OpRecord(
+                index=call.index,
+                op=call.traits.full_name,
+                kind=kind,
+                deliberate=deliberate,
+                outputs=facts,
+                ingredients=tuple(sorted(call.taint)),
+                step=self.step,
+                micro_step=self.micro_step,
+                **here._asdict(),
+            )
+        )
+
+
+def _is_mask(origin: Origin, facts: ValueFacts) -> bool:
+    """Whether a tensor that no traced operation wrote is a mask: all its non-finite values are -inf, beside zeros.
+
+    A mask that is part of the model may hold other numbers as well (distances, say), if it is a table and not a
+    statistic.
+    """
+    if facts.num_neginf != facts.num_nonfinite or "running_" in origin.name:
+        return False
+    if not facts.abs_max or "mask" in origin.name.lower():
+        return True
+    return origin.kind in ("buffer", "constant", "module attribute") and len(facts.shape) > 1

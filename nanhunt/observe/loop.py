@@ -1,0 +1,389 @@
+"""What a training loop does, shown to the exact tracer: forward and backward passes, steps, and where values do harm.
+
+NOTE on what counts as harm, and when it is certain.
+
+1. A loss is the root of a backward pass; a gradient is looked at when the backward pass ends, and is harm when the
+   optimizer steps. A loop that drops the step by itself and goes on has dealt with it.
+2. What a ``GradScaler`` skips because of its own scale it has dealt with as well. It has not where no scale helps: the
+   births do not hang on the scale, or the scale has collapsed.
+3. Without a backward pass the model's output is what counts: in evaluation at once, in training if the loop ends there.
+4. Tensors are looked at only while some memory is known to be non-finite: a healthy loop pays nothing for it.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from nanhunt.observe.exact import ExactTracer, untraced
+from nanhunt.observe.finite import list_is_finite, unreadable_kind
+from nanhunt.observe.patches import Patches
+from nanhunt.records.ops import Sink
+
+Outputs = Literal["auto", "always", "never"]
+
+COLLAPSED_SCALE = 1e-4
+"""A loss scale below which half precision gains nothing from it."""
+
+_MANY_SKIPS = 3
+"""Steps in a row that no scale can help."""
+
+
+class LoopFollower:
+    """Follows a loop through hooks on modules and optimizers, and through stand-ins for what starts a backward pass.
+
+    Args:
+        tracer: Told of steps, sources and sinks.
+        model: The model; None to take the first module with parameters that is called.
+        optimizer: The optimizer whose steps are counted; None for the first that steps.
+        outputs: When the model's output is a sink: ``auto`` without a backward pass, ``always``, ``never``.
+
+    Attributes:
+        optimizers: Those seen so far.
+        notes: What the loop or a ``GradScaler`` dealt with by itself, counted.
+    """
+
+    def __init__(
+        self, tracer: ExactTracer, model: nn.Module | None, optimizer: Optimizer | None, outputs: Outputs = "auto"
+    ) -> None:
+        self.model = model
+        self.optimizers: list[Optimizer] = [optimizer] if optimizer is not None else []
+        self.notes: Counter[str] = Counter()
+        self._tracer, self._ledger = tracer, tracer.ledger
+        self._main, self._outputs = optimizer, outputs
+        self._pending: list[Sink] = []
+        self._abandoned: list[Sink] = []
+        self._went_backward = False
+        self._is_entered = False
+        self._is_scaled = False
+        self._num_stepped = 0
+        self._num_skips = 0
+        self._fault_step: int | None = None
+        self._handles: list[Any] = []
+        self._patches = Patches(self._tracer.guarded)
+
+    def __enter__(self) -> Self:
+        if self.model is not None:
+            self._meet(self.model, "")
+        for optimizer in self.optimizers:
+            self._declare_state(optimizer)
+        self._tracer.path.on_enter = self._on_enter
+        self._tracer.path.on_leave = self._on_leave
+        self._handles += [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        self._patches.around(torch.autograd, "backward", self._begin_backward, self._end_backward)
+        self._patches.around(torch.autograd, "grad", self._begin_grad, None)
+        scaler = torch.amp.GradScaler
+        self._patches.around(scaler, "scale", self._begin_scaling, self._end_scaling)
+        self._patches.around(scaler, "step", self._before_scaler_step, self._after_scaler_step)
+        self._patches.around(scaler, "update", None, self._after_scaler_update)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._patches.undo()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._tracer.path.on_enter = self._tracer.path.on_leave = None
+        self._tracer.guarded(self._finish)
+
+    def named_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Kind, name and value of every parameter and buffer of the model."""
+        if self.model is not None:
+            for name, parameter in self.model.named_parameters():
+                yield "parameter", name, parameter
+            for name, buffer in self.model.named_buffers():
+                yield "buffer", name, buffer
+
+    # Forward.
+
+    def _meet(self, module: nn.Module, prefix: str) -> None:
+        """A module that was not seen before: its state is looked at, and its parts get their names."""
+        self._tracer.path.name_modules(module, prefix)
+        for kind, named in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+            self._declare(kind, ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in named))
+
+    def _declare(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+        listed = list(named)
+        with untraced(), torch.no_grad():
+            readable = [tensor for _, tensor in listed if unreadable_kind(tensor) is None]
+            if list_is_finite(readable):
+                return
+        self._tracer.declare(kind, listed, here=kind == "batch")
+
+    def _on_enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._tracer.guarded(self._enter, module, args, kwargs)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._tracer.path.knows(module) and next(module.parameters(), None) is not None:
+            if self.model is None:
+                self.model = module
+            self._meet(module, "" if module is self.model else f"<{type(module).__name__}>")
+        self._declare_inputs(args, kwargs)
+        if self._is_model(module):
+            self._is_entered = True
+            self._tracer.is_past_backward = False
+            self._tracer.note_driver()
+            if torch.is_grad_enabled():
+                self._begin_part()
+
+    def _declare_inputs(self, args: Any, kwargs: Any) -> None:
+        named = [(str(position), value) for position, value in enumerate(args)] + list(kwargs.items())
+        tensors = [
+            (f"input {name}", leaf) for name, value in named for leaf in tree_leaves(value) if isinstance(leaf, Tensor)
+        ]
+        self._declare("batch", tensors)
+        if self._tracer.is_watchful:
+            self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in tensors))
+
+    def _on_leave(self, module: nn.Module, output: Any) -> None:
+        if self._tracer.is_watchful and self._is_model(module):
+            self._tracer.guarded(self._look_at_output, module, output)
+
+    def _look_at_output(self, module: nn.Module, output: Any) -> None:
+        self._reached("buffer", module.named_buffers())
+        if self._outputs == "never":
+            return
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        num_before = len(self._ledger.sinks)
+        self._reached("output", [(f"output {number}", leaf) for number, leaf in enumerate(leaves)])
+        is_certain = self._outputs == "always" or not torch.is_grad_enabled() or not module.training
+        if not is_certain:
+            self._abandoned = self._ledger.sinks[num_before:]
+            del self._ledger.sinks[num_before:]
+
+    def _is_model(self, module: nn.Module) -> bool:
+        """Whether it is the model or wraps it."""
+        return module is self.model or (self.model is not None and any(part is self.model for part in module.modules()))
+
+    def _begin_part(self) -> None:
+        """A forward pass for training begins: the next step, or the next part of an accumulated one."""
+        if self._abandoned or self._ledger.read_numbers:
+            self.notes["non-finite losses that the loop dropped"] += 1
+            self._abandoned = []
+            self._ledger.read_numbers.clear()
+        if not self._went_backward:
+            return
+        self._went_backward = False
+        has_gradients = any(parameter.grad is not None for parameter in self._parameters())
+        if self.optimizers and not has_gradients and self._pending:
+            self.notes["steps with non-finite gradients that the loop dropped"] += 1
+            self._pending.clear()
+        if self.optimizers or has_gradients:
+            self._ledger.micro_step += 1
+        else:
+            self._end_step()
+
+    # Backward.
+
+    def _begin_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        self._abandoned = []
+        self._ledger.read_numbers.clear()
+        self._tracer.note_driver()
+        if self._tracer.is_watchful:
+            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            num_before = len(self._ledger.sinks)
+            self._reached("loss", [("loss", root.detach()) for root in roots])
+            fresh = self._ledger.sinks[num_before:]
+            if self._is_scaled and all(set(sink.births) <= self._ledger.scaling for sink in fresh):
+                del self._ledger.sinks[num_before:]
+                self._pending += fresh
+
+    def _end_backward(self, *args: Any, **kwargs: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None:
+            self._ledger.reached_by_error(error)
+        self._went_backward = True
+        self._tracer.is_past_backward = True
+        self._ledger.read_numbers.clear()
+        if self._tracer.is_watchful:
+            fresh = self._harmed_gradients(self._parameters())
+            if self.optimizers:
+                self._pending += fresh
+            else:
+                self._ledger.sinks += fresh
+
+    def _begin_grad(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        """``torch.autograd.grad`` hands its results back: what becomes of them decides."""
+        self._abandoned = []
+        self._ledger.read_numbers.clear()
+
+    def _harmed_gradients(self, parameters: Iterable[Tensor]) -> list[Sink]:
+        names = {id(tensor): name for kind, name, tensor in self.named_tensors() if kind == "parameter"}
+        num_before = len(self._ledger.sinks)
+        self._reached(
+            "gradient",
+            [(names.get(id(p), "a parameter outside the model"), p.grad) for p in parameters if p.grad is not None],
+        )
+        fresh = self._ledger.sinks[num_before:]
+        del self._ledger.sinks[num_before:]
+        return fresh
+
+    def _reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Only memory that is known to be non-finite is looked at."""
+        tainted = self._ledger.memory.find
+        self._tracer.reached(kind, [(name, tensor) for name, tensor in named if tainted(tensor) is not None])
+
+    def _parameters(self) -> Iterator[Tensor]:
+        seen: set[int] = set()
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        own = list(self.model.parameters()) if self.model is not None else []
+        for parameter in (parameter for part in (own, *groups) for parameter in part):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+
+    # Steps.
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._tracer.guarded(self._meet_optimizer, optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._tracer.guarded(self._confirm_gradients, optimizer)
+            self._tracer.set_phase("optimizer")
+            return None
+
+        def followed() -> Any:
+            self._tracer.set_phase("forward")
+            value = closure()
+            self._tracer.guarded(self._confirm_gradients, optimizer)
+            self._tracer.set_phase("optimizer")
+            return value
+
+        self._tracer.set_phase("optimizer")
+        if len(args) > 1:
+            return (args[0], followed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": followed}
+
+    def _meet_optimizer(self, optimizer: Optimizer) -> None:
+        if all(known is not optimizer for known in self.optimizers):
+            self.optimizers.append(optimizer)
+            self._main = self._main or optimizer
+            self._declare_state(optimizer)
+
+    def _declare_state(self, optimizer: Optimizer) -> None:
+        self._declare("optimizer state", optimizer_tensors(self.model, optimizer))
+
+    def _confirm_gradients(self, optimizer: Optimizer) -> None:
+        """Rule 1: the optimizer takes the gradients as they are."""
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None and bool(found):
+            return
+        self._ledger.sinks += self._pending
+        self._pending = []
+        if self._tracer.is_watchful:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            known = {birth for sink in self._ledger.sinks for birth in sink.births}
+            fresh = self._harmed_gradients(parameters)
+            self._ledger.by_hand |= {birth for sink in fresh for birth in sink.births} - known
+            self._ledger.sinks += fresh
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._tracer.set_phase("forward")
+        self._tracer.guarded(self._look_at_step, optimizer)
+
+    def _look_at_step(self, optimizer: Optimizer) -> None:
+        found = getattr(optimizer, "found_inf", None)
+        if self._tracer.is_watchful and not (found is not None and bool(found)):
+            names = {id(tensor): name for _, name, tensor in self.named_tensors()}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self._reached("parameter", [(names.get(id(p), "a parameter"), p.detach()) for p in parameters])
+            self._reached("optimizer state", optimizer_tensors(self.model, optimizer))
+        self._num_stepped += 1
+        self._num_skips = 0
+        self._ledger.held.clear()
+        if optimizer is self._main:
+            self._end_step()
+        else:
+            self._ledger.micro_step = 0
+            self._went_backward = False
+
+    def _end_step(self) -> None:
+        if self._ledger.has_fault:
+            if self._fault_step is None:
+                self._fault_step = self._ledger.step
+            elif self._ledger.step > self._fault_step:
+                # All that follows is symptoms; the loop gets its speed back.
+                self._tracer.is_passive = True
+        self._ledger.step += 1
+        self._ledger.micro_step = 0
+        self._went_backward = False
+        self._is_scaled = False
+        if not self._is_entered:
+            # Without modules nothing else tells where the next step begins.
+            self._tracer.is_past_backward = False
+        self._tracer.end_step()
+
+    # Loss scaling.
+
+    def _begin_scaling(self, *args: Any, **kwargs: Any) -> None:
+        self._is_scaled = True
+        self._ledger.is_scaling = True
+
+    def _end_scaling(self, *args: Any, **kwargs: Any) -> None:
+        self._ledger.is_scaling = False
+
+    def _before_scaler_step(self, scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        self._meet_optimizer(optimizer)
+        self._num_stepped = 0
+
+    def _after_scaler_step(self, scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        found = getattr(optimizer, "found_inf", None)
+        if self._num_stepped and not (found is not None and bool(found)):
+            return
+        self._num_skips += 1
+        self.notes["steps that the GradScaler skipped"] += 1
+        self._ledger.held += self._pending
+        self._pending = []
+        if self._num_skips >= _MANY_SKIPS and self._is_beyond_scaling():
+            self._ledger.sinks += self._ledger.held
+        if not self._num_stepped and optimizer is self._main:
+            self._end_step()
+
+    def _after_scaler_update(self, scaler: Any, *args: Any, **kwargs: Any) -> None:
+        if scaler.is_enabled() and self._ledger.held and scaler.get_scale() < COLLAPSED_SCALE:
+            self._ledger.sinks += self._ledger.held
+            self._ledger.held.clear()
+
+    def _is_beyond_scaling(self) -> bool:
+        """Whether the last skipped step began with a value that no scale makes finite: NaN, or a division by zero."""
+        births = set(self._ledger.held[-1].births) if self._ledger.held else set()
+        first = min((record for record in self._ledger.records if record.index in births), key=_index, default=None)
+        if first is None or first.index in self._ledger.scaling:
+            return False
+        if first.outputs and first.outputs[0].num_nan and not first.ingredients:
+            return True
+        evidence = self._tracer.evidence.get(first.index)
+        divisors = [operand for operand in evidence.operands if operand.name == "other"] if evidence else []
+        return any(operand.at_offenders and not any(operand.at_offenders) for operand in divisors)
+
+    def _finish(self) -> None:
+        """The loop has ended: what was not dealt with counts."""
+        self._ledger.sinks += self._pending
+        self._pending = []
+        if not self._tracer.is_past_backward:
+            self._ledger.sinks += list(self._ledger.read_numbers.values()) or self._abandoned
+        if self._tracer.is_watchful:
+            self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
+            self._reached("buffer", [(name, tensor) for kind, name, tensor in self.named_tensors() if kind == "buffer"])
+
+
+def _index(record: Any) -> int:
+    return record.index
+
+
+def optimizer_tensors(model: nn.Module | None, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the optimizer's state as ``exp_avg of encoder.0.weight``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()} if model is not None else {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value
