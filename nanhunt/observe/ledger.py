@@ -56,6 +56,7 @@ class Ledger:
         read_numbers: The non-finite loss that was last read as a number; who reads it may end the step over it.
         held: Sinks that count only if a ``GradScaler`` does not get over them.
         is_scaling: Whether the loss is just being multiplied by its scale.
+        is_scaled: Whether it was, in this step.
         scaling: Births of that multiplication.
         by_hand: Births that reached state or gradients before anything else, so that their operations, if they stand
             between a backward and the next forward pass, are an update.
@@ -72,7 +73,7 @@ class Ledger:
         self.skipped: Counter[str] = Counter()
         self.read_numbers: dict[str, Sink] = {}
         self.held: list[Sink] = []
-        self.is_scaling = False
+        self.is_scaling = self.is_scaled = False
         self.scaling: set[int] = set()
         self.by_hand: set[int] = set()
         self.fed: set[int] = set()

@@ -24,15 +24,10 @@ from torch.utils._pytree import tree_leaves
 from nanhunt.observe.exact import ExactTracer, untraced
 from nanhunt.observe.finite import list_is_finite, unreadable_kind
 from nanhunt.observe.patches import Patches
+from nanhunt.observe.scaling import ScalingFollower, is_passed_over
 from nanhunt.records.ops import Sink
 
 Outputs = Literal["auto", "always", "never"]
-
-COLLAPSED_SCALE = 1e-4
-"""A loss scale below which half precision gains nothing from it."""
-
-_MANY_SKIPS = 3
-"""Steps in a row that no scale can help."""
 
 
 class LoopFollower:
@@ -61,12 +56,10 @@ class LoopFollower:
         self._abandoned: list[Sink] = []
         self._went_backward = False
         self._is_entered = False
-        self._is_scaled = False
-        self._num_stepped = 0
-        self._num_skips = 0
         self._fault_step: int | None = None
         self._handles: list[Any] = []
         self._patches = Patches(self._tracer.guarded)
+        self._scaling = ScalingFollower(tracer, self._pending, self._meet_optimizer, self._on_skip)
 
     def __enter__(self) -> Self:
         if self.model is not None:
@@ -81,10 +74,7 @@ class LoopFollower:
         ]
         self._patches.around(torch.autograd, "backward", self._begin_backward, self._end_backward)
         self._patches.around(torch.autograd, "grad", self._begin_grad, None)
-        scaler = torch.amp.GradScaler
-        self._patches.around(scaler, "scale", self._begin_scaling, self._end_scaling)
-        self._patches.around(scaler, "step", self._before_scaler_step, self._after_scaler_step)
-        self._patches.around(scaler, "update", None, self._after_scaler_update)
+        self._scaling.patch(self._patches)
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -193,7 +183,7 @@ class LoopFollower:
             num_before = len(self._ledger.sinks)
             self._reached("loss", [("loss", root.detach()) for root in roots])
             fresh = self._ledger.sinks[num_before:]
-            if self._is_scaled and all(set(sink.births) <= self._ledger.scaling for sink in fresh):
+            if self._ledger.is_scaled and all(set(sink.births) <= self._ledger.scaling for sink in fresh):
                 del self._ledger.sinks[num_before:]
                 self._pending += fresh
 
@@ -274,11 +264,10 @@ class LoopFollower:
 
     def _confirm_gradients(self, optimizer: Optimizer) -> None:
         """Rule 1: the optimizer takes the gradients as they are."""
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None and bool(found):
+        if is_passed_over(optimizer):
             return
         self._ledger.sinks += self._pending
-        self._pending = []
+        self._pending.clear()
         if self._tracer.is_watchful:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             known = {birth for sink in self._ledger.sinks for birth in sink.births}
@@ -291,20 +280,23 @@ class LoopFollower:
         self._tracer.guarded(self._look_at_step, optimizer)
 
     def _look_at_step(self, optimizer: Optimizer) -> None:
-        found = getattr(optimizer, "found_inf", None)
-        if self._tracer.is_watchful and not (found is not None and bool(found)):
+        if self._tracer.is_watchful and not is_passed_over(optimizer):
             names = {id(tensor): name for _, name, tensor in self.named_tensors()}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._reached("parameter", [(names.get(id(p), "a parameter"), p.detach()) for p in parameters])
             self._reached("optimizer state", optimizer_tensors(self.model, optimizer))
-        self._num_stepped += 1
-        self._num_skips = 0
-        self._ledger.held.clear()
+        self._scaling.note_step(optimizer)
         if optimizer is self._main:
             self._end_step()
         else:
             self._ledger.micro_step = 0
             self._went_backward = False
+
+    def _on_skip(self, optimizer: Optimizer) -> None:
+        """A ``GradScaler`` left the optimizer's step out."""
+        self.notes["steps that the GradScaler skipped"] += 1
+        if optimizer is self._main:
+            self._end_step()
 
     def _end_step(self) -> None:
         if self._ledger.has_fault:
@@ -316,68 +308,21 @@ class LoopFollower:
         self._ledger.step += 1
         self._ledger.micro_step = 0
         self._went_backward = False
-        self._is_scaled = False
+        self._ledger.is_scaled = False
         if not self._is_entered:
             # Without modules nothing else tells where the next step begins.
             self._tracer.is_past_backward = False
         self._tracer.end_step()
 
-    # Loss scaling.
-
-    def _begin_scaling(self, *args: Any, **kwargs: Any) -> None:
-        self._is_scaled = True
-        self._ledger.is_scaling = True
-
-    def _end_scaling(self, *args: Any, **kwargs: Any) -> None:
-        self._ledger.is_scaling = False
-
-    def _before_scaler_step(self, scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        self._meet_optimizer(optimizer)
-        self._num_stepped = 0
-
-    def _after_scaler_step(self, scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        found = getattr(optimizer, "found_inf", None)
-        if self._num_stepped and not (found is not None and bool(found)):
-            return
-        self._num_skips += 1
-        self.notes["steps that the GradScaler skipped"] += 1
-        self._ledger.held += self._pending
-        self._pending = []
-        if self._num_skips >= _MANY_SKIPS and self._is_beyond_scaling():
-            self._ledger.sinks += self._ledger.held
-        if not self._num_stepped and optimizer is self._main:
-            self._end_step()
-
-    def _after_scaler_update(self, scaler: Any, *args: Any, **kwargs: Any) -> None:
-        if scaler.is_enabled() and self._ledger.held and scaler.get_scale() < COLLAPSED_SCALE:
-            self._ledger.sinks += self._ledger.held
-            self._ledger.held.clear()
-
-    def _is_beyond_scaling(self) -> bool:
-        """Whether the last skipped step began with a value that no scale makes finite: NaN, or a division by zero."""
-        births = set(self._ledger.held[-1].births) if self._ledger.held else set()
-        first = min((record for record in self._ledger.records if record.index in births), key=_index, default=None)
-        if first is None or first.index in self._ledger.scaling:
-            return False
-        if first.outputs and first.outputs[0].num_nan and not first.ingredients:
-            return True
-        evidence = self._tracer.evidence.get(first.index)
-        divisors = [operand for operand in evidence.operands if operand.name == "other"] if evidence else []
-        return any(operand.at_offenders and not any(operand.at_offenders) for operand in divisors)
-
     def _finish(self) -> None:
         """The loop has ended: what was not dealt with counts."""
         self._ledger.sinks += self._pending
-        self._pending = []
+        self._pending.clear()
         if not self._tracer.is_past_backward:
             self._ledger.sinks += list(self._ledger.read_numbers.values()) or self._abandoned
         if self._tracer.is_watchful:
             self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
             self._reached("buffer", [(name, tensor) for kind, name, tensor in self.named_tensors() if kind == "buffer"])
-
-
-def _index(record: Any) -> int:
-    return record.index
 
 
 def optimizer_tensors(model: nn.Module | None, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
