@@ -17,6 +17,7 @@ class Origin(NamedTuple):
     kind: Any = "constant"
     name: str = ""
     module: str = ""
+    phase: Any = None
 
 
 class Here(NamedTuple):

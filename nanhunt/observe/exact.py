@@ -13,7 +13,9 @@ NOTE on what it costs and how it knows where it is.
 
 import contextlib
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from types import CodeType
 from typing import Any, Self
 
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from nanhunt.observe.call import Call, Here, Origin
+from nanhunt.observe.collectives import moves_received
+from nanhunt.observe.compiled import keep_uncompiled
 from nanhunt.observe.evidence import evidence_at_birth
 from nanhunt.observe.finite import list_is_finite, unreadable_kind
 from nanhunt.observe.ledger import Ledger
@@ -30,8 +34,10 @@ from nanhunt.observe.op_info import (
     FocusedOp,
     FocusReached,
     OpTraits,
+    bump_versions,
     copied,
     copy_of,
+    is_narrowing,
     is_refusal,
     tensors_in,
     traits_of,
@@ -44,6 +50,9 @@ from nanhunt.records.ops import Phase, Trace
 MAX_SITES = 100_000
 """Forward operations remembered for their backward operations; a graph kept for longer loses its lines."""
 
+_KEPT_STEPS = 3
+"""Steps for which the forward operations are remembered, for graphs that are kept over a step."""
+
 MAX_EVIDENCE = 64
 """Births whose inputs are described."""
 
@@ -53,6 +62,8 @@ _PURGE_EVERY = 4096
 _SUMMED = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 _sequence_number = torch._C._autograd._get_sequence_nr
+_num_function_modes = torch._C._len_torch_function_stack
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _running_node = torch._C._current_autograd_node
 
 
@@ -97,15 +108,17 @@ class ExactTracer(TorchDispatchMode):
         self._num_ops = 0
         self._sites: dict[int, ForwardSite] = {}
         self._number = -1
+        self._step_numbers: deque[int] = deque(maxlen=_KEPT_STEPS)
         self._problems: list[str] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch would wrap every call so that torch.compile cannot look into it, for half of what a call costs;
-        # compiled functions run as they are written while this mode is on, so nothing is compiled.
+        # torch would wrap every call so that torch.compile does not look into it, which is half of what a call costs;
+        # keep_uncompiled does the same once and for all.
         return False
 
     def __enter__(self) -> Self:
+        keep_uncompiled(ExactTracer.__torch_dispatch__.__code__)
         self.path.__enter__()
         super().__enter__()
         return self
@@ -174,6 +187,11 @@ class ExactTracer(TorchDispatchMode):
     def end_step(self) -> None:
         """Forgets what can no longer do harm."""
         self.guarded(self.ledger.forget_past)
+        if len(self._step_numbers) == _KEPT_STEPS:
+            oldest = self._step_numbers[0]
+            for number in list(takewhile(lambda number: number < oldest, self._sites)):
+                del self._sites[number]
+        self._step_numbers.append(self._number)
         if len(self.evidence) >= MAX_EVIDENCE // 2:
             kept = {record.index for record in self.ledger.records}
             self.evidence = {index: found for index, found in self.evidence.items() if index in kept}
@@ -199,7 +217,20 @@ class ExactTracer(TorchDispatchMode):
             if is_refusal(error):
                 self.guarded(self._note_refusal, index, traits, args, kwargs or {})
             raise
-        if traits.creates:
+        if traits.is_collective:
+            targets = written(traits, args, kwargs or {})
+            self.guarded(self._finish, Call(index, traits, args, kwargs or {}, [], targets), output)
+            return output
+        if _num_function_modes() or _num_dispatch_modes():
+            # Other modes of the user's must not see our looks.
+            with untraced():
+                if traits.is_foreach and traits.writes:
+                    self.guarded(bump_versions, traits, args, kwargs or {})
+                self._look_at_once(index, traits, args, kwargs or {}, output)
+            return output
+        if traits.is_foreach and traits.writes:
+            self.guarded(bump_versions, traits, args, kwargs or {})
+        if traits.creates and not (traits.shrinks and -1 <= args[1] <= 1):
             # A zero tensor, as autograd makes them, has no memory to read.
             if type(output) is Tensor and output.dtype in _SUMMED and not output._is_zerotensor():
                 try:
@@ -209,22 +240,32 @@ class ExactTracer(TorchDispatchMode):
                 if total - total == 0.0:
                     return output
             self.guarded(self._look, index, traits, args, kwargs or {}, output)
-        elif traits.converts or traits.writes or traits.is_uninitialised:
+        elif traits.converts or traits.writes or traits.is_uninitialised or self.ledger.memory.received:
             self.guarded(self._look_if_needed, index, traits, args, kwargs or {}, output)
         return output
+
+    def _look_at_once(self, index: int, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> None:
+        """The look without the short way for plain tensors."""
+        if traits.creates:
+            self.guarded(self._look, index, traits, args, kwargs, output)
+        elif traits.converts or traits.writes or traits.is_uninitialised or self.ledger.memory.received:
+            self.guarded(self._look_if_needed, index, traits, args, kwargs, output)
 
     def _look(self, index: int, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> None:
         """The careful look at what is not one plain tensor with a finite sum; nothing was tainted before."""
         results = written(traits, args, kwargs) if traits.writes else tensors_in(output)
+        if self._phase == "optimizer" and traits.name == "_foreach_add_" and not results[-1].dim():
+            # The step counters.
+            return
         self.ledger.skipped.update(kind for kind in map(unreadable_kind, results) if kind is not None)
-        if traits.is_collective or not list_is_finite(results):
+        if not list_is_finite(results):
             self._finish(Call(index, traits, args, kwargs, tensors_in(*args, *kwargs.values()), results), output)
         elif traits.writes and self.ledger.memory.unwritten:
             for tensor in results:
                 self.ledger.memory.note_written(tensor)
 
     def _look_if_needed(self, index: int, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> None:
-        """What cannot create is looked at where it makes a type smaller, or fills memory that was never written."""
+        """What cannot create is looked at where it narrows a type, fills memory or moves what a collective brought."""
         memory = self.ledger.memory
         if traits.is_uninitialised:
             for tensor in tensors_in(output):
@@ -233,7 +274,8 @@ class ExactTracer(TorchDispatchMode):
         filled = False
         if traits.writes and memory.unwritten:
             filled = any([memory.note_written(tensor) for tensor in written(traits, args, kwargs)])
-        if filled or (traits.converts and _is_narrowing(traits, args, output)):
+        is_narrowed = traits.converts and is_narrowing(traits, args, output)
+        if filled or is_narrowed or moves_received(memory, traits, args, kwargs, output):
             self._look(index, traits, args, kwargs, output)
 
     def _dispatch_watchfully(self, index: int, func: Any, traits: OpTraits, args: Any, kwargs: Any) -> Any:
@@ -247,6 +289,8 @@ class ExactTracer(TorchDispatchMode):
             if call is not None and is_refusal(error):
                 self.guarded(self.ledger.refused, call)
             raise
+        if traits.is_foreach and traits.writes:
+            self.guarded(bump_versions, traits, args, kwargs)
         if index in self._focus:
             self.focused[index].outputs = tuple(copy_of(tensor) for tensor in tensors_in(output))
         if call is not None and (
@@ -298,7 +342,7 @@ class ExactTracer(TorchDispatchMode):
                 self._sites[number] = known
                 return
         else:
-            place = applied_place(frame)
+            place = applied_place(self.path.place(frame), frame)
         if len(self._sites) >= MAX_SITES:
             for old in list(self._sites)[: MAX_SITES // 2]:
                 del self._sites[old]
@@ -335,36 +379,13 @@ class ExactTracer(TorchDispatchMode):
         return Here("backward", module, line, forward_index=index, forward_op=op, own_backward=own)
 
 
-def _is_narrowing(traits: OpTraits, args: Any, output: Any) -> bool:
-    """Whether a conversion can overflow: its result has a smaller type than what it was made of."""
-    if traits.name.startswith("_foreach"):
-        made, given = args[0][0], args[1][0]
-    elif traits.writes:
-        made, given = args[0], args[1]
-    else:
-        made, given = output, args[0]
-    if not (isinstance(given, Tensor) and isinstance(made, Tensor) and made.is_floating_point()):
-        return False
-    return made.dtype != given.dtype and torch.finfo(made.dtype).max < _largest(given.dtype)
-
-
-def _largest(dtype: torch.dtype) -> float:
-    if dtype.is_complex:
-        return torch.finfo(dtype).max
-    return (
-        torch.finfo(dtype).max
-        if dtype.is_floating_point
-        else float(torch.iinfo(dtype).max)
-        if dtype != torch.bool
-        else 1.0
-    )
-
-
 def _owner(kind: Any, name: str) -> str:
     """Dotted path of the module that owns a parameter or buffer of this name."""
     return name.rpartition(".")[0] if kind in ("parameter", "buffer") else ""
 
 
-def untraced() -> Any:
-    """Suspends tracing for looks of our own: no mode sees their operations."""
-    return torch._C._DisableTorchDispatch()
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Suspends every mode for looks of our own, those of the user's as well: none sees their operations."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield

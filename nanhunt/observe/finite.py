@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import is_lazy
 
 from nanhunt.records.ops import ValueFacts
 from nanhunt.records.steps import Tally
@@ -17,6 +19,8 @@ from nanhunt.records.steps import Tally
 _SUMMED_WIDER = (torch.float16,)
 # Below this many elements, copying a tensor next to others costs less than a call of its own.
 _SMALL = 16384
+_FEW = 3
+_PLAIN_FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16))
 _FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
 
 
@@ -27,6 +31,10 @@ def can_hold_nonfinite(tensor: Tensor) -> bool:
 
 def unreadable_kind(tensor: Tensor) -> str | None:
     """Why the values cannot be looked at (meta, nested, compressed sparse), or None if they can."""
+    if is_functorch_wrapped_tensor(tensor):
+        return "tensor of torch.func"
+    if is_lazy(tensor):
+        return "lazy parameter"
     if tensor.is_meta:
         return "meta tensor"
     if tensor.is_nested:
@@ -56,6 +64,9 @@ def _elements(tensor: Tensor) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; true for empty tensors and types without NaN. Reads one scalar back."""
+    if tensor.dtype in _PLAIN_FLOATS and tensor.layout is torch.strided and not tensor._is_zerotensor():
+        total = tensor.detach().sum().item()
+        return total - total == 0.0 or nonfinite_kinds(tensor) == (False, False)
     if not can_hold_nonfinite(tensor) or tensor.numel() == 0 or tensor._is_zerotensor():
         # A zero tensor, as autograd makes them, has no memory to read.
         return True
@@ -90,11 +101,13 @@ def list_is_finite(tensors: Sequence[Tensor]) -> bool:
 
     Many small tensors, as a foreach optimizer writes them, are copied together for one sum.
     """
+    if len(tensors) <= _FEW:
+        return all(unreadable_kind(tensor) is not None or is_finite(tensor) for tensor in tensors)
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         if not can_hold_nonfinite(tensor) or unreadable_kind(tensor) is not None:
             continue
-        if len(tensors) > 3 and tensor.numel() < _SMALL and tensor.layout is torch.strided and not tensor.is_complex():
+        if tensor.numel() < _SMALL and tensor.layout is torch.strided and not tensor.is_complex():
             small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         elif not is_finite(tensor):
             return False

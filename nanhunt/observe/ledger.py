@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from nanhunt.observe.call import Call, Here, Origin, Places
+from nanhunt.observe.collectives import ends_collective, note_received, origin_of_received, sent
 from nanhunt.observe.finite import (
     can_hold_nonfinite,
     first_nonfinite,
@@ -33,9 +34,12 @@ from nanhunt.observe.finite import (
 )
 from nanhunt.observe.memory import NO_BIRTHS, Memory, storage_key
 from nanhunt.observe.op_info import OpTraits, is_deliberate, is_log_of_mask, tensors_in, written
+from nanhunt.observe.origins import looks_like_mask
 from nanhunt.observe.written_over import was_nonfinite_before
 from nanhunt.records.ops import OpRecord, Sink, StateSource, Trace, ValueFacts
 
+# Their values are seen where the inner operations, or the first forward pass, make them.
+_SEEN_LATER = ("tensor of torch.func", "lazy parameter")
 _STATE = ("buffer", "parameter", "optimizer state")
 
 MAX_RECORDS = 20_000
@@ -61,6 +65,7 @@ class Ledger:
         by_hand: Births that reached state or gradients before anything else, so that their operations, if they stand
             between a backward and the next forward pass, are an update.
         fed: Births that a model was given as its input.
+        sent: What collectives were given to carry to other processes since somebody looked.
     """
 
     def __init__(self, places: Places, origin: Callable[[Tensor], Origin]) -> None:
@@ -77,6 +82,7 @@ class Ledger:
         self.scaling: set[int] = set()
         self.by_hand: set[int] = set()
         self.fed: set[int] = set()
+        self.sent: list[Sink] = []
         self._places, self._origin = places, origin
         self._numbers: frozenset[int] = NO_BIRTHS
         self._unused: set[int] = set()
@@ -108,6 +114,8 @@ class Ledger:
             state = tainted.get(storage_key(tensor)) if tainted else None
             if state is not None and id(tensor) not in unread:
                 self._read_tainted(call, tensor, state.births)
+        if traits.is_collective and call.taint - self._deliberate:
+            self.sent.append(sent(call, call.taint - self._deliberate))
         return call
 
     def _read_tainted(self, call: Call, tensor: Tensor, births: frozenset[int]) -> None:
@@ -145,8 +153,13 @@ class Ledger:
                 self.memory.note_unwritten(tensor, self._places.site(call.index, call.traits))
             return False
         if call.traits.is_collective:
-            for tensor in results or call.inputs:
-                self.memory.note_received(tensor, self._places.site(call.index, call.traits))
+            note_received(self.memory, call, produced, self._places.site(call.index, call.traits))
+            return False
+        if ends_collective(self.memory, call):
+            return False
+        if call.traits.name == "all_gather_copy_in":
+            # The first result is the piece it has written to; the rest of that memory is still to come.
+            results = produced[:1]
         bad = [tensor for tensor in results if self._is_bad_result(call, tensor)]
         if bad:
             self._record_nonfinite(call, bad)
@@ -231,12 +244,14 @@ class Ledger:
         key = storage_key(tensor)
         here = self._places.here()
         op = ""
-        for kind, noted in (("uninitialised memory", self.memory.unwritten), ("collective", self.memory.received)):
-            if key in noted:
-                site = noted[key][1]
-                origin, op = Origin(kind, module=site.module), site.op
-                here = self._places.seen_from(site)
-                break
+        if key in self.memory.unwritten:
+            site = self.memory.unwritten[key][1]
+            origin, op = Origin("uninitialised memory", module=site.module), site.op
+            here = self._places.seen_from(site)
+        elif key in self.memory.received:
+            site = self.memory.received[key][1]
+            origin, op = origin_of_received(site, call.traits.full_name), site.op
+            here = self._places.seen_from(site)
         else:
             origin = self._origin(tensor)
         call.taint |= self._add_source(origin, tensor, here, call.index, op)
@@ -249,9 +264,18 @@ class Ledger:
         """Looks at a tensor that exists before the step; a non-finite one becomes a source."""
         reason = unreadable_kind(tensor)
         if reason is not None:
-            self.skipped[reason] += 1
+            if reason not in _SEEN_LATER:
+                self.skipped[reason] += 1
         elif not is_finite(tensor) and not self.memory.births_of(tensor):
             self._unused |= self._add_source(origin, tensor, here, found_at)
+
+    def declare_received(self, tensor: Tensor) -> None:
+        """Looks at a tensor that a collective may have written, now that it must have ended."""
+        known = self.memory.received.get(storage_key(tensor))
+        if known is not None and not self.memory.births_of(tensor) and not is_finite(tensor):
+            site = known[1]
+            here = self._places.seen_from(site)
+            self._add_source(origin_of_received(site, ""), tensor, here, site.index, site.op)
 
     def declare_result(self, origin: Origin, tensor: Tensor, causes: Iterable[Tensor]) -> None:
         """Looks at a tensor that something outside the trace computed from traced tensors."""
@@ -266,7 +290,7 @@ class Ledger:
         self, origin: Origin, tensor: Tensor, here: Here | None, found_at: int, op: str = ""
     ) -> frozenset[int]:
         index, facts = -1 - len(self.sources), value_facts(tensor)
-        is_mask = _is_mask(origin, facts)
+        is_mask = looks_like_mask(origin, facts)
         source = StateSource(
             index,
             origin.kind,
@@ -280,6 +304,7 @@ class Ledger:
             deliberate=is_mask,
             step=self.step,
             micro_step=self.micro_step,
+            phase=origin.phase,
         )
         self.sources.append(source)
         births = frozenset({index})
@@ -351,6 +376,7 @@ class Ledger:
         self._log_masks &= alive
         self.scaling &= alive
         self.read_numbers.clear()
+        self.sent.clear()
 
     def _record(self, call: Call, kind: Any, facts: tuple[Any, ...], *, deliberate: bool = False) -> None:
         # What only passes on leaves room for a birth that comes late.
@@ -371,16 +397,3 @@ class Ledger:
                 **here._asdict(),
             )
         )
-
-
-def _is_mask(origin: Origin, facts: ValueFacts) -> bool:
-    """Whether a tensor that no traced operation wrote is a mask: all its non-finite values are -inf, beside zeros.
-
-    A mask that is part of the model may hold other numbers as well (distances, say), if it is a table and not a
-    statistic.
-    """
-    if facts.num_neginf != facts.num_nonfinite or "running_" in origin.name:
-        return False
-    if not facts.abs_max or "mask" in origin.name.lower():
-        return True
-    return origin.kind in ("buffer", "constant", "module attribute") and len(facts.shape) > 1

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from nanhunt.observe.collectives import own_part
 from nanhunt.observe.exact import ExactTracer, untraced
 from nanhunt.observe.finite import list_is_finite, unreadable_kind
 from nanhunt.observe.patches import Patches
@@ -102,7 +103,7 @@ class LoopFollower:
             self._declare(kind, ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in named))
 
     def _declare(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-        listed = list(named)
+        listed = list(_own_parts(named))
         with untraced(), torch.no_grad():
             readable = [tensor for _, tensor in listed if unreadable_kind(tensor) is None]
             if list_is_finite(readable):
@@ -113,12 +114,14 @@ class LoopFollower:
         self._tracer.guarded(self._enter, module, args, kwargs)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.model is None and next(module.parameters(), None) is not None:
+            self.model = module
+        is_model = self._is_model(module)
         if not self._tracer.path.knows(module) and next(module.parameters(), None) is not None:
-            if self.model is None:
-                self.model = module
-            self._meet(module, "" if module is self.model else f"<{type(module).__name__}>")
+            # A wrapper is the model to whoever calls it.
+            self._meet(module, "" if is_model else f"<{type(module).__name__}>")
         self._declare_inputs(args, kwargs)
-        if self._is_model(module):
+        if is_model:
             self._is_entered = True
             self._tracer.is_past_backward = False
             self._tracer.note_driver()
@@ -132,7 +135,7 @@ class LoopFollower:
         ]
         self._declare("batch", tensors)
         if self._tracer.is_watchful:
-            self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in tensors))
+            self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in _own_parts(tensors)))
 
     def _on_leave(self, module: nn.Module, output: Any) -> None:
         if self._tracer.is_watchful and self._is_model(module):
@@ -177,6 +180,7 @@ class LoopFollower:
     def _begin_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
         self._abandoned = []
         self._ledger.read_numbers.clear()
+        self._ledger.sent.clear()
         self._tracer.note_driver()
         if self._tracer.is_watchful:
             roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -194,8 +198,11 @@ class LoopFollower:
         self._went_backward = True
         self._tracer.is_past_backward = True
         self._ledger.read_numbers.clear()
+        self._declare_received(self._parameters())
         if self._tracer.is_watchful:
             fresh = self._harmed_gradients(self._parameters())
+            harmed = {birth for sink in fresh for birth in sink.births}
+            fresh += [sink for sink in self._ledger.sent if not set(sink.births) <= harmed]
             if self.optimizers:
                 self._pending += fresh
             else:
@@ -205,6 +212,13 @@ class LoopFollower:
         """``torch.autograd.grad`` hands its results back: what becomes of them decides."""
         self._abandoned = []
         self._ledger.read_numbers.clear()
+
+    def _declare_received(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients that lie where a collective has written are looked at once it must have ended."""
+        if self._ledger.memory.received:
+            with untraced(), torch.no_grad():
+                for _, gradient in _own_parts(("", p.grad) for p in parameters if p.grad is not None):
+                    self._ledger.declare_received(gradient)
 
     def _harmed_gradients(self, parameters: Iterable[Tensor]) -> list[Sink]:
         names = {id(tensor): name for kind, name, tensor in self.named_tensors() if kind == "parameter"}
@@ -220,7 +234,7 @@ class LoopFollower:
     def _reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
         """Only memory that is known to be non-finite is looked at."""
         tainted = self._ledger.memory.find
-        self._tracer.reached(kind, [(name, tensor) for name, tensor in named if tainted(tensor) is not None])
+        self._tracer.reached(kind, [(name, tensor) for name, tensor in _own_parts(named) if tainted(tensor) is not None])
 
     def _parameters(self) -> Iterator[Tensor]:
         seen: set[int] = set()
@@ -268,8 +282,9 @@ class LoopFollower:
             return
         self._ledger.sinks += self._pending
         self._pending.clear()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._declare_received(parameters)
         if self._tracer.is_watchful:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             known = {birth for sink in self._ledger.sinks for birth in sink.births}
             fresh = self._harmed_gradients(parameters)
             self._ledger.by_hand |= {birth for sink in fresh for birth in sink.births} - known
@@ -323,6 +338,11 @@ class LoopFollower:
         if self._tracer.is_watchful:
             self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
             self._reached("buffer", [(name, tensor) for kind, name, tensor in self.named_tensors() if kind == "buffer"])
+
+
+def _own_parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """What of the tensors lies in this process."""
+    return ((name, part) for name, tensor in named if (part := own_part(tensor)) is not None)
 
 
 def optimizer_tensors(model: nn.Module | None, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

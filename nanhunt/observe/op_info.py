@@ -36,7 +36,8 @@ amax amin aminmax maximum minimum fmax fmin sort topk kthvalue median mode argma
 _foreach_maximum_ _foreach_maximum _foreach_neg _foreach_lerp_ lerp lerp_ _foreach_abs _foreach_sign
 max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
 eq ne lt le gt ge logical_and logical_or logical_not logical_xor isnan isinf isfinite isposinf isneginf any all
-bitwise_and bitwise_or bitwise_not bitwise_xor count_nonzero searchsorted bucketize bincount unique _unique2
+bitwise_and bitwise_or bitwise_not bitwise_xor count_nonzero searchsorted bucketize bincount
+unique _unique2 _record_function_enter_new _record_function_exit _record_function_enter
 _local_scalar_dense is_same_size equal size stride numel sym_size
 """
 _CANNOT_CREATE = frozenset(_MOVES_OR_BOUNDS.split())
@@ -52,7 +53,12 @@ _OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "n
 _BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 _STATISTICS, _TRAINING = slice(3, 5), 5
 
-_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
+# Of these namespaces, what receives nothing: the end of a collective that was begun before, and what only sends.
+_RECEIVES_NOTHING = {
+    *("wait_tensor", "_wrap_tensor_autograd", "send", "isend", "barrier", "monitored_barrier_", "check_for_nan"),
+    "mesh_get_process_group",
+}
 
 
 @dataclass(frozen=True)
@@ -63,36 +69,41 @@ class OpTraits:
         name: ``div_`` for ``aten.div_.Tensor``.
         full_name: ``aten::div_``.
         creates: Whether a non-finite value can come out of finite ones.
+        shrinks: Whether it multiplies by a plain number, so that nothing can come of it if that number is at most 1.
         converts: Whether that depends on the types.
         writes: Positions and names of the arguments it writes to.
         overwrites: Whether it does not read them before.
         is_uninitialised: Whether the result is whatever the memory held.
         is_collective: Whether the result comes from other processes as well.
         is_batch_norm: Whether it writes running statistics that its schema does not name.
+        is_foreach: Whether it works on lists of tensors, one after another.
         argument_names: Names of the arguments in its schema.
     """
 
     name: str
     full_name: str
     creates: bool
+    shrinks: bool
     converts: bool
     writes: tuple[tuple[int, str], ...]
     overwrites: bool
     is_uninitialised: bool
     is_collective: bool
     is_batch_norm: bool
+    is_foreach: bool
     argument_names: tuple[str, ...]
 
 
-_TRAITS: dict[Any, OpTraits] = {}
+# By identity, for the hash of an operation is worked out in Python; the operation is kept so that its identity stays.
+_TRAITS: dict[int, tuple[OpTraits, Any]] = {}
 
 
 def traits_of(func: Any) -> OpTraits:
     """The traits of an operation, worked out once."""
-    known = _TRAITS.get(func)
+    known = _TRAITS.get(id(func))
     if known is None:
-        known = _TRAITS[func] = _worked_out(func)
-    return known
+        known = _TRAITS[id(func)] = (_worked_out(func), func)
+    return known[0]
 
 
 def _worked_out(func: Any) -> OpTraits:
@@ -105,19 +116,40 @@ def _worked_out(func: Any) -> OpTraits:
         for position, argument in enumerate(arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    is_aten = namespace in ("aten", "prim", "")
+    is_aten = namespace in ("aten", "prim", "profiler", "")
+    is_quiet = namespace in _COLLECTIVES and name in _RECEIVES_NOTHING
+    is_collective = namespace in _COLLECTIVES and not is_quiet
+    if is_collective and not written:
+        written = _received(namespace, name, schema)
     return OpTraits(
         name=name,
         full_name=op_name(func),
-        creates=not (is_aten and (name in _CANNOT_CREATE or name in _CONVERSIONS or name in _UNINITIALISED)),
+        creates=not is_quiet
+        and not (is_aten and (name in _CANNOT_CREATE or name in _CONVERSIONS or name in _UNINITIALISED)),
+        shrinks=_shrinks(func, name),
         converts=is_aten and name in _CONVERSIONS,
         writes=tuple((position, argument) for position, argument, _ in written),
         overwrites=bool(written) and (name in _OVERWRITES or all(is_out for *_, is_out in written)),
         is_uninitialised=is_aten and name in _UNINITIALISED,
-        is_collective=namespace in _COLLECTIVES,
+        is_collective=is_collective,
         is_batch_norm=name in _BATCH_NORMS,
+        is_foreach=name.startswith("_foreach_"),
         argument_names=tuple(argument.name for argument in schema.arguments) if schema is not None else (),
     )
+
+
+def _received(namespace: str, name: str, schema: Any) -> list[tuple[int, str, bool]]:
+    """The arguments that a collective writes to, which its schema does not say; none where it returns new memory."""
+    names = list(enumerate(argument.name for argument in schema.arguments))
+    outputs = [(position, argument, True) for position, argument in names if argument.startswith("output")]
+    if outputs or namespace != "c10d":
+        return outputs
+    return [(0, names[0][1], name.startswith("recv"))]
+
+
+def _shrinks(func: Any, name: str) -> bool:
+    overload = getattr(func, "_overloadname", "")
+    return name in ("mul", "mul_", "_foreach_mul", "_foreach_mul_") and overload == "Scalar"
 
 
 class FocusReached(BaseException):
@@ -160,6 +192,40 @@ def written(traits: OpTraits, args: Any, kwargs: Any) -> list[Tensor]:
         return [tensor for tensor in args[_STATISTICS] if tensor is not None] if args[_TRAINING] else []
     values = [args[position] if position < len(args) else kwargs.get(name) for position, name in traits.writes]
     return tensors_in(*values)
+
+
+def bump_versions(traits: OpTraits, args: Any, kwargs: Any) -> None:
+    """Operations on lists do not count up the versions of what they write to while a mode is on, as they should.
+
+    Autograd would not notice that a saved tensor was written to.
+    """
+    tensors = [tensor for tensor in written(traits, args, kwargs) if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
+
+
+def is_narrowing(traits: OpTraits, args: Any, output: Any) -> bool:
+    """Whether a conversion can overflow: its result has a smaller type than what it was made of."""
+    if traits.name.startswith("_foreach"):
+        made, given = args[0][0], args[1][0]
+    elif traits.writes:
+        made, given = args[0], args[1]
+    else:
+        made, given = output, args[0]
+    if not (isinstance(given, Tensor) and isinstance(made, Tensor) and made.is_floating_point()):
+        return False
+    return made.dtype != given.dtype and torch.finfo(made.dtype).max < _largest(given.dtype)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    if dtype.is_complex:
+        return torch.finfo(dtype).max
+    return (
+        torch.finfo(dtype).max
+        if dtype.is_floating_point
+        else float(torch.iinfo(dtype).max)
+        if dtype != torch.bool
+        else 1.0
+    )
 
 
 def is_deliberate(args: Any, kwargs: Any, *, makes_nan: bool) -> bool:

@@ -14,6 +14,7 @@ from nanhunt.observe.call import Origin
 from nanhunt.observe.finite import unreadable_kind
 from nanhunt.observe.memory import storage_key
 from nanhunt.observe.source import is_users_code
+from nanhunt.records.ops import ValueFacts
 
 MAX_FRAMES = 30
 """Frames of the user's whose variables are searched."""
@@ -104,3 +105,16 @@ def _is_same(value: Any, wanted: int) -> bool:
         and type(value) in (Tensor, nn.Parameter, nn.Buffer)
         and storage_key(value) == wanted
     )
+
+
+def looks_like_mask(origin: Origin, facts: ValueFacts) -> bool:
+    """Whether a tensor that no traced operation wrote is a mask: all its non-finite values are -inf, beside zeros.
+
+    A mask that is part of the model may hold other numbers as well (distances, say), if it is a table and not a
+    statistic.
+    """
+    if facts.num_neginf != facts.num_nonfinite or "running_" in origin.name or origin.phase == "backward":
+        return False
+    if not facts.abs_max or "mask" in origin.name.lower():
+        return True
+    return origin.kind in ("buffer", "constant", "module attribute") and len(facts.shape) > 1

@@ -16,7 +16,7 @@ import torch
 
 from nanhunt.records.ops import Phase, SourceLine
 
-_SKIPPED, _LIBRARY, _USERS = 0, 1, 2
+SKIPPED, LIBRARY, USERS = 0, 1, 2
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
 _OWN_FOLDERS = (_TORCH, str(Path(__file__).parents[1]) + "/")
@@ -53,24 +53,28 @@ class Place(NamedTuple):
 NOWHERE = Place(None)
 
 
-def _kind(code: CodeType) -> int:
+def kind_of(code: CodeType) -> int:
     """Whether a frame of this code is worth showing, and whether it is the user's own."""
+    kind = _KINDS.get(code)
+    return kind if kind is not None else _judged(code)
+
+
+def _judged(code: CodeType) -> int:
     filename = code.co_filename
     is_file = filename.startswith("<ipython") or not filename.startswith("<")
     if not is_file or filename.startswith(_OWN_FOLDERS) or Path(filename).name in _MACHINERY:
-        kind = _SKIPPED
+        kind = SKIPPED
     elif any(folder in filename for folder in _LIBRARIES):
-        kind = _LIBRARY
+        kind = LIBRARY
     else:
-        kind = _USERS
+        kind = USERS
     _KINDS[code] = kind
     return kind
 
 
 def is_users_code(code: CodeType) -> bool:
     """Whether the user wrote it, as far as its place tells."""
-    kind = _KINDS.get(code)
-    return (kind if kind is not None else _kind(code)) == _USERS
+    return kind_of(code) == USERS
 
 
 def user_place(frame: FrameType | None) -> Place:
@@ -78,29 +82,25 @@ def user_place(frame: FrameType | None) -> Place:
     library: FrameType | None = None
     while frame is not None:
         code = frame.f_code
-        kind = _KINDS.get(code)
-        if kind is None:
-            kind = _kind(code)
-        if kind == _USERS:
+        kind = kind_of(code)
+        if kind == USERS:
             if library is None:
                 return Place(code, frame.f_lasti)
             return Place(library.f_code, library.f_lasti, code, frame.f_lasti)
-        if kind == _LIBRARY and library is None:
+        if kind == LIBRARY and library is None:
             library = frame
         frame = frame.f_back
     return Place(library.f_code, library.f_lasti) if library is not None else NOWHERE
 
 
-def applied_place(frame: FrameType | None) -> Place:
-    """The same, but for the forward of an ``autograd.Function`` the place where the function was applied."""
-    place = user_place(frame)
-    if place.code is not None and place.code.co_name == "forward":
-        while frame is not None and frame.f_code is not place.code:
-            frame = frame.f_back
-        above = frame.f_back if frame is not None else None
-        if above is not None and above.f_code is _APPLY:
-            return user_place(above)
-    return place
+def applied_place(place: Place, frame: FrameType | None) -> Place:
+    """For the forward of an ``autograd.Function``, the place where the function was applied."""
+    if place.code is None or place.code.co_name != "forward":
+        return place
+    while frame is not None and frame.f_code is not place.code:
+        frame = frame.f_back
+    above = frame.f_back if frame is not None else None
+    return user_place(above) if above is not None and above.f_code is _APPLY else place
 
 
 def place_in_backward(frame: FrameType | None) -> tuple[Literal["engine", "code", "recomputed"], Place]:
@@ -114,8 +114,7 @@ def place_in_backward(frame: FrameType | None) -> tuple[Literal["engine", "code"
         if (code.co_filename, code.co_name) == _ENGINE:
             break
         recomputed = recomputed or code.co_filename == _CHECKPOINT
-        kind = _KINDS.get(code)
-        found = found or (kind if kind is not None else _kind(code)) != _SKIPPED
+        found = found or kind_of(code) != SKIPPED
         frame = frame.f_back
     if recomputed:
         return "recomputed", user_place(first)

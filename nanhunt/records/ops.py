@@ -114,6 +114,7 @@ class StateSource:
         deliberate: Whether it looks like a mask: all of its non-finite values are -inf, and it is not data.
         step: Optimizer step it was found in.
         micro_step: Part of an accumulated step.
+        phase: Part of the step it belongs to, where the kind does not say.
     """
 
     index: int
@@ -138,6 +139,7 @@ class StateSource:
     deliberate: bool = False
     step: int = 0
     micro_step: int = 0
+    phase: Phase | None = None
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ def isolated() -> Iterator[None]:
     deterministic, autocast = torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
+    _validate_distributions()
     torch.set_grad_enabled(True)
     torch.manual_seed(0)
     random.seed(0)
@@ -150,8 +151,14 @@ def isolated() -> Iterator[None]:
         torch.autograd.set_detect_anomaly(anomaly)
         torch.use_deterministic_algorithms(deterministic)
         torch.set_autocast_enabled("cpu", autocast)
+        _validate_distributions()
         if "torch._dynamo" in sys.modules:
             sys.modules["torch._dynamo"].reset()
+
+
+def _validate_distributions() -> None:
+    """Undoes what compiling does: torch._dynamo switches the checks of torch.distributions off for good."""
+    torch.distributions.Distribution.set_default_validate_args(True)
 
 
 def score(case: Scenario) -> Result:

@@ -33,6 +33,7 @@ def _sets_globals() -> Loop:
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)
         torch.set_num_threads(2)
+        torch.distributions.Distribution.set_default_validate_args(False)
 
     return Loop(None, run)
 
@@ -128,6 +129,8 @@ def test_case_leaves_no_trace_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
     assert torch.get_num_threads() == 1
+    with pytest.raises(ValueError, match="found invalid values"):
+        torch.distributions.Categorical(logits=torch.tensor([torch.nan]))
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, finding: Finding | None, *arguments: str) -> int:
