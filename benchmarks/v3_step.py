@@ -10,10 +10,10 @@ The minimum is the figure to compare when other work shares the machine; the loa
 import argparse
 import os
 import resource
-import statistics
 import time
 
 import torch
+from interleaved import quartiles
 
 from detector.config import FS_HZ, PRESETS
 from detector.losses import focal_loss
@@ -51,7 +51,7 @@ def timed_step(model: SeizureDetector, windows: torch.Tensor, labels: torch.Tens
 
 def table_row(name: str, seconds: list[float]) -> str:
     """Minimum, quartiles and median, in milliseconds."""
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    low, median, high = quartiles(seconds)
     return f"{name:18s}" + "".join(f"{1e3 * value:12.0f}" for value in (min(seconds), low, median, high))
 
 

@@ -1,21 +1,23 @@
 """What ``nanhunt.watch`` costs: a watched V3 step against an unwatched one, interleaved in one run.
 
-Each round runs both steps in random order on one thread and takes the ratio of their process CPU times; the table
-gives the median and quartiles of the ratios. The row "twice unwatched" is the noise of the method. The last row is the
-time spent inside the sentinel's own hooks as a share of the step, which is free of that noise.
+Each round runs both steps in random order on one thread and takes the ratio of their process CPU times to those of the
+unwatched steps around them; the table gives the median and quartiles of the ratios. The row "twice unwatched" is the
+noise of the method. The last row is the time spent inside the sentinel's own hooks as a share of the step, which is
+free of that noise.
 
     python benchmarks/watch_overhead.py [--rounds 15] [--preset v3]
 """
 
 import argparse
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
+from interleaved import cpu_seconds, interleaved, quartiles
 
 import nanhunt
 from detector.config import PRESETS
@@ -72,23 +74,10 @@ def main() -> None:
             for _ in hunt.batches([batch]):
                 step()
 
-    def timed(run: Callable[[], None]) -> float:
-        started = time.process_time()
-        run()
-        return time.process_time() - started
-
     for _ in range(2):
         step()
-    ratios: dict[str, list[float]] = {"twice unwatched": [], "watched": []}
-    steps: list[float] = []
-    for _ in range(options.rounds):
-        runs = {"base": step, "twice unwatched": step, "watched": watched}
-        order = list(runs)
-        random.shuffle(order)
-        times = {name: timed(runs[name]) for name in order}
-        steps.append(times["base"])
-        for name, values in ratios.items():
-            values.append(times[name] / times["base"])
+    runs = {"twice unwatched": partial(cpu_seconds, step), "watched": partial(cpu_seconds, watched)}
+    steps, ratios = interleaved(partial(cpu_seconds, step), runs, options.rounds)
     hunt = TimedWatch(model, optimizer, out_dir=tempfile.gettempdir())
     with hunt:
         inside = []
@@ -101,7 +90,7 @@ def main() -> None:
     print(f"{options.preset}, batch 1, {number} parameter tensors, 1 thread, {options.rounds} rounds")
     print(f"unwatched step                 {base:.3f} s CPU")
     for name, values in ratios.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+        low, middle, high = quartiles(values)
         print(f"{name:<30} x{middle:.4f}  [{low:.4f}, {high:.4f}]")
     cost = statistics.median(inside)
     print(f"inside the sentinel's hooks    {cost * 1e3:.2f} ms, {cost / base:.3%} of the step")

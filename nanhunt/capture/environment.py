@@ -1,6 +1,5 @@
 """What surrounds a step and decides its last bits: versions, threads, vector instructions, autocast."""
 
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nanhunt.observe.ranks import rank
 
 # What differs most often between two machines, and how to say it.
 _COMPARED = {"torch": "torch", "vector_instructions": "vector instructions", "processor": "processor"}
@@ -26,7 +27,7 @@ def environment() -> dict[str, Any]:
         "default_dtype": str(torch.get_default_dtype()),
         "flush_denormal": bool(torch.tensor(1e-40, dtype=torch.float32).mul(1.0).item() == 0.0),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "rank": int(os.environ.get("RANK", "0")),
+        "rank": rank(),
         "command": " ".join(Path(part).name if position == 0 else part for position, part in enumerate(sys.argv)),
     }
 

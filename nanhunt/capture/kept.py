@@ -13,13 +13,13 @@ NOTE on what belongs to a step.
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nanhunt.capture.rng import rng_state
+from nanhunt.capture.rng import RawStates
 from nanhunt.observe.finite import stored_values
 
 MAX_CALLS = 64
@@ -56,11 +56,45 @@ class ModelCall:
         return versions(self.args, self.kwargs) != self.versions
 
 
+class Buffers:
+    """The buffers of a model; its modules are walked again only if a module or the name of a buffer has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._walk()
+
+    def _walk(self) -> None:
+        named = [(f"{path}." if path else "", module) for path, module in self._model.named_modules()]
+        self._children = [module._modules for _, module in named]
+        self._owners = [module._buffers for _, module in named]
+        self._seen = self._present()
+        self._places = [(prefix + name, module._buffers, name) for prefix, module in named for name in module._buffers]
+
+    def _present(self) -> tuple[list[nn.Module | None], list[str]]:
+        """All modules, and the names of all buffers within theirs; compared by identity first, so it takes little."""
+        modules = chain.from_iterable(map(dict.values, self._children))
+        return list(modules), list(chain.from_iterable(self._owners))
+
+    def copies(self) -> dict[str, Tensor]:
+        """Their values, by the names of ``named_buffers``."""
+        if self._present() != self._seen:
+            self._walk()
+        copies: dict[str, Tensor] = {}
+        shown = set()
+        for path, owner, name in self._places:
+            buffer = owner[name]
+            # A buffer that two modules share has the first of its names.
+            if buffer is not None and id(buffer) not in shown:
+                shown.add(id(buffer))
+                copies[path] = buffer.detach().clone()
+        return copies
+
+
 @dataclass
 class Start:
     """Random generators and buffers before a forward."""
 
-    rng: dict[str, Any]
+    rng: RawStates
     buffers: dict[str, Tensor]
 
 
@@ -92,11 +126,10 @@ class KeptStep:
         self._batches.append(_Batch(self._num_batches, self._micro_step, batch))
         self._is_fresh = True
 
-    def note_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Any) -> None:
+    def note_call(self, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Any) -> None:
         """A forward that is about to run."""
         if self._is_fresh:
-            buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-            self._latest = Start(rng_state(), buffers)
+            self._latest = Start(RawStates.now(), buffers.copies())
             self._start = self._start or self._latest
             self._is_fresh = False
         call = ModelCall(args, kwargs, versions(args, kwargs), autocast, self._num_batches, self._micro_step)
@@ -155,4 +188,10 @@ def versions(*values: Any) -> list[int]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    """All tensors inside, in the order of ``tree_leaves``; what models are usually given needs no search."""
+    if isinstance(values, Tensor):
+        return [values]
+    if type(values) in (tuple, list, dict):
+        inside = values.values() if type(values) is dict else values
+        return [tensor for value in inside for tensor in _tensors(value)]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,16 +1,41 @@
 """The states of all random generators a step can draw from, as plain containers and tensors."""
 
 import random
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def rng_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, CUDA included where it is in use."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one is meant
+class RawStates(NamedTuple):
+    """The states as the generators give them.
+
+    They are taken every step and stored hardly ever; turning them into tensors takes longer than taking them. NumPy's
+    is taken even if its words have not moved: a normal draw that it holds back is not among them.
+    """
+
+    python: tuple[Any, ...]
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor] | None
+
+    @classmethod
+    def now(cls) -> Self:
+        """The states at this moment; CUDA's where it is in use."""
+        return cls(
+            random.getstate(),
+            np.random.get_state(legacy=True),  # noqa: NPY002 - the global one is meant
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+        )
+
+
+def rng_state(raw: RawStates | None = None) -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's generators, CUDA included where it is in use; by default those of now."""
+    raw = raw or RawStates.now()
+    version, internal, gauss = raw.python
+    kind, keys, position, has_gauss, cached = raw.numpy
     state: dict[str, Any] = {
         "python": {"version": version, "internal": torch.tensor(internal, dtype=torch.int64), "gauss": gauss},
         "numpy": {
@@ -20,10 +45,10 @@ def rng_state() -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
-        "torch": torch.get_rng_state(),
+        "torch": raw.torch,
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if raw.cuda is not None:
+        state["cuda"] = raw.cuda
     return state
 
 

@@ -2,7 +2,7 @@
 
 NOTE on what it costs and what it keeps.
 
-1. One read per step: the sums of the loss and of all gradients, stacked. A non-finite sum is confirmed exactly.
+1. One read per step: the sum of the loss and of all gradients. A non-finite sum is confirmed exactly.
 2. A step is judged where it would do harm, in the optimizer's own pre-hook. What a loop or a ``GradScaler`` skips by
    itself never gets there and is no fault.
 3. The weights still are the captured ones then: nothing has to be copied beforehand but buffers (a forward pass may
@@ -25,11 +25,12 @@ from torch.optim import Optimizer
 
 from nanhunt.capture.environment import autocast_state, environment
 from nanhunt.capture.format import Capture, checksum, plain, write_capture
-from nanhunt.capture.kept import KeptStep, ModelCall
+from nanhunt.capture.kept import Buffers, KeptStep, ModelCall
 from nanhunt.capture.rng import rng_state
 from nanhunt.errors import CaptureError, NonFiniteStep, first_line
-from nanhunt.observe.finite import is_finite, stored_values, sums, tally
+from nanhunt.observe.finite import all_finite, stored_values, tally
 from nanhunt.observe.modules import ModuleTracer
+from nanhunt.observe.ranks import is_alone, rank
 from nanhunt.observe.source import user_frame
 from nanhunt.records.modules import ModuleFault
 from nanhunt.records.steps import Tally
@@ -49,6 +50,7 @@ class Fault:
         problem: Why it could not be written.
         module_fault: Where the module tracer saw it first, if it ran.
         crash: The error that ended the step, as one line; empty if it went on to the optimizer.
+        rank: Process of a distributed run; None outside.
     """
 
     step: int
@@ -58,15 +60,17 @@ class Fault:
     problem: str = ""
     module_fault: ModuleFault | None = None
     crash: str = ""
+    rank: int | None = None
 
     @property
     def message(self) -> str:
         """What happened, as one line."""
+        step = f"step {self.step}" if self.rank is None else f"step {self.step} on rank {self.rank}"
         if self.crash:
-            return f"step {self.step} ended in an error: {self.crash}"
+            return f"{step} ended in an error: {self.crash}"
         what = f"loss {self.loss:.6g}" if not math.isfinite(self.loss) else f"loss {self.loss:.6g} (finite)"
         grads = self.gradients
-        return f"step {self.step} is non-finite: {what}, {grads.tensors} of {grads.num_tensors} gradients non-finite"
+        return f"{step} is non-finite: {what}, {grads.tensors} of {grads.num_tensors} gradients non-finite"
 
 
 class Watch:
@@ -104,6 +108,7 @@ class Watch:
         self._inner_backward: Callable[..., Any] | None = None
         self._control: list[Any] = []
         self._num_captures, self._max_captures = 0, max_captures
+        self._buffers = Buffers(self._model)
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -145,7 +150,7 @@ class Watch:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            self._kept.note_call(self._model, args, kwargs, autocast_state())
+            self._kept.note_call(self._buffers, args, kwargs, autocast_state())
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and self._kept.calls:
@@ -164,12 +169,12 @@ class Watch:
         # The first of the arguments is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._judge_step()
+            self.judge_step()
             return None
 
         def watched_closure() -> Any:
             value = closure()
-            self._judge_step()
+            self.judge_step()
             return value
 
         if len(args) > 1:
@@ -184,13 +189,11 @@ class Watch:
         if self._modules is not None:
             self._modules.begin_step()
 
-    def _judge_step(self) -> None:
+    def judge_step(self) -> None:
+        """Looks at the step as it stands; the optimizer's pre-hook does it by itself."""
         seen = [*self._kept.losses, *(p.grad for p in self._parameters() if p.grad is not None)]
         with torch.no_grad():
-            totals = sums(seen)
-            if totals is None or math.isfinite(totals.sum().item()):
-                return
-            if all(is_finite(tensor) for tensor in seen) or self._is_passed_over():
+            if all_finite(seen) or self._is_passed_over():
                 return
         self._handle_fault("")
 
@@ -214,7 +217,9 @@ class Watch:
         loss = self._loss()
         named = [(name, p.grad) for name, p in self._model.named_parameters() if p.grad is not None]
         gradients = tally(named)
-        module_fault = self._modules.fault() if self._modules is not None else None
+        module_fault = None
+        if self._modules is not None:
+            module_fault = self._modules.fault(loss_is_finite=math.isfinite(loss))
         path, problem = None, ""
         try:
             if self._num_captures >= self._max_captures:
@@ -223,7 +228,8 @@ class Watch:
             self._num_captures += 1
         except CaptureError as error:
             problem = str(error)
-        fault = Fault(self.step, loss, gradients, path, problem, module_fault, crash)
+        process = None if is_alone() else rank()
+        fault = Fault(self.step, loss, gradients, path, problem, module_fault, crash, process)
         self.faults.append(fault)
         if not crash:
             # After an error there is neither a step to skip nor one to go on with.
@@ -271,7 +277,7 @@ class Watch:
             "model": {name: plain(value) for name, value in _state(self._model).items()},
             "buffers_before": {name: plain(value) for name, value in start.buffers.items()} if start else {},
             "optimizer": plain(self._optimizer.state_dict()),
-            "rng": plain(start.rng if start else rng_state()),
+            "rng": plain(rng_state(start.rng if start else None)),
         }
         if self._scaler is not None:
             payload["scaler"] = plain(self._scaler.state_dict())

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from nanhunt.records.ops import ValueFacts
@@ -35,7 +36,7 @@ def unreadable_kind(tensor: Tensor) -> str | None:
         return "tensor of torch.func"
     if is_lazy(tensor):
         return "lazy parameter"
-    if tensor.is_meta:
+    if tensor.is_meta or type(tensor) is FakeTensor:
         return "meta tensor"
     if tensor.is_nested:
         return "nested tensor"

@@ -58,6 +58,30 @@ def test_a_cached_normal_draw_is_put_back_too():
     assert (random.gauss(0.0, 1.0), np.random.randn(1).item()) == first  # noqa: NPY002
 
 
+def numpy_state() -> tuple[list[int], int, int, float]:
+    _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return keys.tolist(), position, has_gauss, cached
+
+
+MOVES = {
+    "nothing": lambda: None,
+    "a uniform draw": lambda: np.random.rand(),  # noqa: NPY002
+    "one normal draw": lambda: np.random.randn(),  # noqa: NPY002
+    "two normal draws": lambda: np.random.randn(2),  # noqa: NPY002
+    "a seed": lambda: np.random.seed(3),  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("first", MOVES)
+@pytest.mark.parametrize("second", MOVES)
+def test_numpy_is_seen_to_have_moved(first, second):
+    # Drawn from the same seed, one normal number and two leave the same words behind.
+    for move in ("a seed", first, second, "nothing", "a seed", second, first):
+        MOVES[move]()
+        seen = rng_state()["numpy"]
+        assert (seen["keys"].tolist(), seen["position"], seen["has_gauss"], seen["cached"]) == numpy_state()
+
+
 def test_reading_the_state_draws_nothing():
     rng_state()
     first = draws()
