@@ -1,12 +1,11 @@
 """``nanhunt.trace``: the exact tracer around anybody's loop, and the report of what it saw."""
 
-import os
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,27 +13,41 @@ from nanhunt.findings import ChainLink, Finding, Report, Skip, Verdict
 from nanhunt.numerics import count
 from nanhunt.observe.call import Origin
 from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.loop import LoopFollower, Outputs
 from nanhunt.observe.origins import find_origin
+from nanhunt.observe.ranks import Entry, Ranks, joined, rank
 from nanhunt.records.ops import OpRecord, StateSource, Trace
-from nanhunt.rules.registry import Case, judge
+from nanhunt.rules.registry import Case, judge, judge_health
 
 
 class Hunt:
     """A traced loop; use ``nanhunt.trace``."""
 
     def __init__(
-        self, model: nn.Module | None = None, optimizer: Optimizer | None = None, *, outputs: Outputs = "auto"
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        outputs: Outputs = "auto",
+        finite: bool = True,
+        ranks_timeout_s: float = 5.0,
     ) -> None:
         if outputs not in ("auto", "always", "never"):
             raise ValueError(f"outputs is 'auto', 'always' or 'never', not {outputs!r}")
+        if not 0 <= ranks_timeout_s < math.inf:
+            raise ValueError(f"ranks_timeout_s is a number of seconds, not {ranks_timeout_s!r}")
         self._tracer = ExactTracer(origin=self._origin)
-        self._follower = LoopFollower(self._tracer, model, optimizer, outputs)
+        self._health = HealthProbe(self._tracer.path) if finite else None
+        self._follower = LoopFollower(self._tracer, model, optimizer, outputs, self._health)
+        self._ranks = Ranks(ranks_timeout_s)
+        self._rank = rank()
         self._seconds = 0.0
         self._ended_in = ""
 
     def __enter__(self) -> Self:
         self._started = time.perf_counter()
+        self._ranks.begin()
         self._follower.__enter__()
         self._tracer.__enter__()
         return self
@@ -45,6 +58,12 @@ class Hunt:
         self._seconds += time.perf_counter() - self._started
         if error is not None:
             self._ended_in = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if self._ranks.is_distributed:
+            self._rank = rank()
+            self._tracer.guarded(self._publish)
+
+    def _publish(self) -> None:
+        self._ranks.publish(self._entry())
 
     def _origin(self, tensor: Tensor) -> Origin:
         models = [("", self._follower.model)] if self._follower.model is not None else []
@@ -53,27 +72,54 @@ class Hunt:
     def report(self) -> Report:
         """What was found: ``report.first`` is the first offender, or None when nothing is wrong."""
         trace = self._tracer.trace
-        offender = trace.first_offender
-        findings = [self._finding(offender, trace)] if offender is not None else []
+        heard = self._ranks.heard()
+        findings, chain = joined(self._entry(), heard)
+        findings = [*findings, *self._finite_trouble(findings)]
         return Report(
             title="traced loop",
             facts=tuple(self._facts(trace)),
             findings=tuple(findings),
-            chain=tuple(_chain(offender, trace)) if offender is not None else (),
+            chain=chain,
             verdict=_verdict(findings),
-            skips=tuple(self._skips(trace)),
+            skips=(*self._skips(trace), *([Skip("joining the ranks", heard.reason)] if heard.reason else [])),
             seconds=self._seconds,
+        )
+
+    def _entry(self) -> Entry | None:
+        """The first finding of this rank."""
+        trace = self._tracer.trace
+        offender = trace.first_offender
+        if offender is None:
+            return None
+        return Entry(
+            rank=self._rank,
+            finding=self._finding(offender, trace),
+            is_received=isinstance(offender, StateSource) and offender.kind == "collective",
+            index=offender.found_at if isinstance(offender, StateSource) else offender.index,
+            chain=tuple(_chain(offender, trace)),
         )
 
     def _finding(self, offender: OpRecord | StateSource, trace: Trace) -> Finding:
         evidence = self._tracer.evidence.get(offender.index) if isinstance(offender, OpRecord) else None
-        finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, rank()))
+        finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, self._rank))
         where = finding.location
         if where.tensor or where.forward_op or where.phase not in ("optimizer", "backward"):
             return finding
         # No forward line leads there; the tensor that was harmed first does.
         harmed = next((sink for sink in trace.sinks if offender.index in sink.births), None)
         return replace(finding, location=replace(where, tensor=harmed.name)) if harmed is not None else finding
+
+    def _finite_trouble(self, findings: Sequence[Finding]) -> Iterator[Finding]:
+        """What was wrong while all values were finite, up to the step of the fault."""
+        if self._health is None:
+            return
+        last = findings[0].location.step if findings else None
+        known = {finding.location.phase for finding in findings}
+        for finding in judge_health(self._health.records()):
+            step = finding.location.step
+            is_symptom = finding.severity == "error" and finding.location.phase in known
+            if not is_symptom and (last is None or step is None or step <= last):
+                yield replace(finding, location=replace(finding.location, rank=self._rank))
 
     def _facts(self, trace: Trace) -> Iterator[tuple[str, str]]:
         yield "steps", f"{self._tracer.ledger.step:,}"
@@ -86,6 +132,8 @@ class Hunt:
     def _skips(self, trace: Trace) -> Iterator[Skip]:
         for problem in trace.problems:
             yield Skip("looking at an operation", problem)
+        for problem in self._health.problems if self._health is not None else ():
+            yield Skip("looking for finite trouble", problem)
         for kind, number in trace.skipped:
             yield Skip(f"looking at {count(number, kind)}", "its values cannot be read")
         if self._tracer.is_passive:
@@ -102,22 +150,17 @@ def trace(model: nn.Module | None = None, optimizer: Optimizer | None = None, **
         model: The model; None to take the first module with parameters that is called.
         optimizer: The optimizer whose steps are counted; None for the first that steps.
         options: ``outputs``: when a non-finite output of the model is harm. "auto" (default): where no backward pass
-            follows, as in evaluation. "always". "never".
+            follows, as in evaluation. "always". "never". ``finite``: whether to look for trouble that is still finite
+            as well (growth, dead or subnormal gradients, lost updates), True. ``ranks_timeout_s``: how long the report
+            of a distributed run waits for what the other ranks have found, 5 seconds.
 
     Returns:
         The hunt; its ``report()`` has ``findings`` and ``first``.
 
     Raises:
-        ValueError: If ``outputs`` is none of these.
+        ValueError: If ``outputs`` is none of these, or ``ranks_timeout_s`` no number of seconds.
     """
     return Hunt(model, optimizer, **options)
-
-
-def rank() -> int:
-    """The process's number in a distributed run; 0 outside."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
 
 
 def _chain(offender: OpRecord | StateSource, trace: Trace) -> Iterator[ChainLink]:

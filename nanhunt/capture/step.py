@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from nanhunt.capture.format import Capture, checksum
 from nanhunt.capture.watch import canonical
 from nanhunt.errors import TargetError, first_line
-from nanhunt.observe.exact import ExactTracer, untraced
+from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.finite import tally
 from nanhunt.observe.loop import optimizer_tensors
+from nanhunt.observe.modes import untraced
 from nanhunt.records.steps import StepOutcome, Tally
 from nanhunt.targets import Target
 

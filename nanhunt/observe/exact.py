@@ -21,14 +21,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from nanhunt.observe.call import Call, Here, Origin
 from nanhunt.observe.collectives import moves_received
-from nanhunt.observe.compiled import keep_uncompiled
+from nanhunt.observe.compiled import CompiledCode, keep_uncompiled
 from nanhunt.observe.evidence import evidence_at_birth
 from nanhunt.observe.finite import list_is_finite, unreadable_kind
 from nanhunt.observe.ledger import Ledger
+from nanhunt.observe.modes import untraced
 from nanhunt.observe.module_path import ModulePath
 from nanhunt.observe.op_info import (
     FocusedOp,
@@ -97,6 +99,7 @@ class ExactTracer(TorchDispatchMode):
         super().__init__()
         self.focused: dict[int, FocusedOp] = {}
         self.path = ModulePath(model)
+        self.compiled = CompiledCode()
         self.ledger = Ledger(self, origin)
         self.evidence: dict[int, OffenderEvidence] = {}
         self.drivers: frozenset[tuple[CodeType, int]] = frozenset()
@@ -111,6 +114,9 @@ class ExactTracer(TorchDispatchMode):
         self._step_numbers: deque[int] = deque(maxlen=_KEPT_STEPS)
         self._problems: list[str] = []
 
+    supports_higher_order_operators = True
+    """An operation that takes functions, such as ``flex_attention``, is one operation; else torch would refuse it."""
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # torch would wrap every call so that torch.compile does not look into it, which is half of what a call costs;
@@ -119,6 +125,7 @@ class ExactTracer(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         keep_uncompiled(ExactTracer.__torch_dispatch__.__code__)
+        self.compiled.__enter__()
         self.path.__enter__()
         super().__enter__()
         return self
@@ -126,6 +133,7 @@ class ExactTracer(TorchDispatchMode):
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
         self.path.__exit__(*exc_info)
+        self.compiled.__exit__(*exc_info)
 
     def attach(self, model: nn.Module) -> None:
         """Names the modules of this model, for a tracer made before the model was."""
@@ -197,9 +205,13 @@ class ExactTracer(TorchDispatchMode):
             self.evidence = {index: found for index, found in self.evidence.items() if index in kept}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and any(is_traceable_wrapper_subclass_type(kind) for kind in types):
-            # The subclass takes itself apart; its inner operations come here again.
-            return NotImplemented
+        if types:
+            if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+                # The subclass takes itself apart; its inner operations come here again.
+                return NotImplemented
+            if FakeTensor in types:
+                # Shapes without values, as distributed tensors are planned with.
+                return func(*args, **(kwargs or {}))
         if self.is_passive:
             return func(*args, **kwargs) if kwargs else func(*args)
         index = self._num_ops
@@ -320,6 +332,10 @@ class ExactTracer(TorchDispatchMode):
     def guarded(self, look: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs a look; its own failure becomes a message and never the user's crash."""
         try:
+            if _num_function_modes():
+                # A mode of the user's would see every attribute of a tensor that is asked for.
+                with torch._C.DisableTorchFunction():
+                    return look(*args, **kwargs)
             return look(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the traced program must go on whatever the tracer trips over
             if len(self._problems) < 20:
@@ -382,10 +398,3 @@ class ExactTracer(TorchDispatchMode):
 def _owner(kind: Any, name: str) -> str:
     """Dotted path of the module that owns a parameter or buffer of this name."""
     return name.rpartition(".")[0] if kind in ("parameter", "buffer") else ""
-
-
-@contextlib.contextmanager
-def untraced() -> Iterator[None]:
-    """Suspends every mode for looks of our own, those of the user's as well: none sees their operations."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        yield

@@ -271,9 +271,8 @@ class Ledger:
 
     def declare_received(self, tensor: Tensor) -> None:
         """Looks at a tensor that a collective may have written, now that it must have ended."""
-        known = self.memory.received.get(storage_key(tensor))
-        if known is not None and not self.memory.births_of(tensor) and not is_finite(tensor):
-            site = known[1]
+        site = self.memory.received_at(tensor)
+        if site is not None and not self.memory.births_of(tensor) and not is_finite(tensor):
             here = self._places.seen_from(site)
             self._add_source(origin_of_received(site, ""), tensor, here, site.index, site.op)
 

@@ -22,8 +22,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves
 
 from nanhunt.observe.collectives import own_part
-from nanhunt.observe.exact import ExactTracer, untraced
+from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.finite import list_is_finite, unreadable_kind
+from nanhunt.observe.health import HealthProbe
+from nanhunt.observe.holders import holder_of, unwrapped
+from nanhunt.observe.modes import untraced
 from nanhunt.observe.patches import Patches
 from nanhunt.observe.scaling import ScalingFollower, is_passed_over
 from nanhunt.records.ops import Sink
@@ -39,6 +42,7 @@ class LoopFollower:
         model: The model; None to take the first module with parameters that is called.
         optimizer: The optimizer whose steps are counted; None for the first that steps.
         outputs: When the model's output is a sink: ``auto`` without a backward pass, ``always``, ``never``.
+        health: Told of steps and optimizers as well; None where nobody asks for finite trouble.
 
     Attributes:
         optimizers: Those seen so far.
@@ -46,13 +50,19 @@ class LoopFollower:
     """
 
     def __init__(
-        self, tracer: ExactTracer, model: nn.Module | None, optimizer: Optimizer | None, outputs: Outputs = "auto"
+        self,
+        tracer: ExactTracer,
+        model: nn.Module | None,
+        optimizer: Optimizer | None,
+        outputs: Outputs = "auto",
+        health: HealthProbe | None = None,
     ) -> None:
-        self.model = model
+        self.model = self._called = model
         self.optimizers: list[Optimizer] = [optimizer] if optimizer is not None else []
         self.notes: Counter[str] = Counter()
         self._tracer, self._ledger = tracer, tracer.ledger
-        self._main, self._outputs = optimizer, outputs
+        self._main, self._outputs, self._health = optimizer, outputs, health
+        self._parameter_names: dict[int, str] = {}
         self._pending: list[Sink] = []
         self._abandoned: list[Sink] = []
         self._went_backward = False
@@ -60,7 +70,7 @@ class LoopFollower:
         self._fault_step: int | None = None
         self._handles: list[Any] = []
         self._patches = Patches(self._tracer.guarded)
-        self._scaling = ScalingFollower(tracer, self._pending, self._meet_optimizer, self._on_skip)
+        self._scaling = ScalingFollower(tracer, self._pending, self._meet_optimizer, self._on_skip, health)
 
     def __enter__(self) -> Self:
         if self.model is not None:
@@ -69,6 +79,8 @@ class LoopFollower:
             self._declare_state(optimizer)
         self._tracer.path.on_enter = self._on_enter
         self._tracer.path.on_leave = self._on_leave
+        if self._health is not None:
+            self._tracer.guarded(self._health.begin_step, 0)
         self._handles += [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -99,6 +111,8 @@ class LoopFollower:
     def _meet(self, module: nn.Module, prefix: str) -> None:
         """A module that was not seen before: its state is looked at, and its parts get their names."""
         self._tracer.path.name_modules(module, prefix)
+        if module is self.model and self._health is not None:
+            self._health.attach(dict(module.named_modules()))
         for kind, named in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
             self._declare(kind, ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in named))
 
@@ -115,7 +129,9 @@ class LoopFollower:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.model is None and next(module.parameters(), None) is not None:
-            self.model = module
+            # A trainer may call a part of what its user knows as the model.
+            self.model, self._called = holder_of(module), unwrapped(module)
+            self._meet(self.model, "")
         is_model = self._is_model(module)
         if not self._tracer.path.knows(module) and next(module.parameters(), None) is not None:
             # A wrapper is the model to whoever calls it.
@@ -154,8 +170,9 @@ class LoopFollower:
             del self._ledger.sinks[num_before:]
 
     def _is_model(self, module: nn.Module) -> bool:
-        """Whether it is the model or wraps it."""
-        return module is self.model or (self.model is not None and any(part is self.model for part in module.modules()))
+        """Whether it is the model, or the part of it that is called, or wraps it."""
+        called = self._called
+        return module is called or (called is not None and any(part is called for part in module.modules()))
 
     def _begin_part(self) -> None:
         """A forward pass for training begins: the next step, or the next part of an accumulated one."""
@@ -181,6 +198,7 @@ class LoopFollower:
         self._abandoned = []
         self._ledger.read_numbers.clear()
         self._ledger.sent.clear()
+        self._ledger.memory.last_received = None
         self._tracer.note_driver()
         if self._tracer.is_watchful:
             roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -214,11 +232,13 @@ class LoopFollower:
         self._ledger.read_numbers.clear()
 
     def _declare_received(self, parameters: Iterable[Tensor]) -> None:
-        """Gradients that lie where a collective has written are looked at once it must have ended."""
+        """Gradients that a collective may have written are looked at once it must have ended."""
         if self._ledger.memory.received:
             with untraced(), torch.no_grad():
-                for _, gradient in _own_parts(("", p.grad) for p in parameters if p.grad is not None):
-                    self._ledger.declare_received(gradient)
+                given = [part for _, part in _own_parts(("", p.grad) for p in parameters if p.grad is not None)]
+                if not list_is_finite(given):
+                    for gradient in (part for part in given if unreadable_kind(part) is None):
+                        self._ledger.declare_received(gradient)
 
     def _harmed_gradients(self, parameters: Iterable[Tensor]) -> list[Sink]:
         names = {id(tensor): name for kind, name, tensor in self.named_tensors() if kind == "parameter"}
@@ -233,8 +253,8 @@ class LoopFollower:
 
     def _reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
         """Only memory that is known to be non-finite is looked at."""
-        tainted = self._ledger.memory.find
-        self._tracer.reached(kind, [(name, tensor) for name, tensor in _own_parts(named) if tainted(tensor) is not None])
+        find = self._ledger.memory.find
+        self._tracer.reached(kind, [(name, tensor) for name, tensor in _own_parts(named) if find(tensor) is not None])
 
     def _parameters(self) -> Iterator[Tensor]:
         seen: set[int] = set()
@@ -280,6 +300,8 @@ class LoopFollower:
         """Rule 1: the optimizer takes the gradients as they are."""
         if is_passed_over(optimizer):
             return
+        if self._health is not None:
+            self._health.before_optimizer_step(optimizer, self._names_of(optimizer))
         self._ledger.sinks += self._pending
         self._pending.clear()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -289,6 +311,15 @@ class LoopFollower:
             fresh = self._harmed_gradients(parameters)
             self._ledger.by_hand |= {birth for sink in fresh for birth in sink.births} - known
             self._ledger.sinks += fresh
+
+    def _names_of(self, optimizer: Optimizer) -> dict[int, str]:
+        """Names of the model's parameters by identity, worked out anew when the optimizer holds an unknown one."""
+        if any(id(parameter) not in self._parameter_names for parameter in optimizer.param_groups[-1]["params"]):
+            named = {id(tensor): name for kind, name, tensor in self.named_tensors() if kind == "parameter"}
+            groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            outside = {id(parameter): f"parameter {number}" for number, parameter in enumerate(groups)}
+            self._parameter_names = {**self._parameter_names, **outside, **named}
+        return self._parameter_names
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._tracer.set_phase("forward")
@@ -300,6 +331,8 @@ class LoopFollower:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._reached("parameter", [(names.get(id(p), "a parameter"), p.detach()) for p in parameters])
             self._reached("optimizer state", optimizer_tensors(self.model, optimizer))
+        if self._health is not None:
+            self._health.after_optimizer_step(optimizer, self._names_of(optimizer))
         self._scaling.note_step(optimizer)
         if optimizer is self._main:
             self._end_step()
@@ -328,6 +361,8 @@ class LoopFollower:
             # Without modules nothing else tells where the next step begins.
             self._tracer.is_past_backward = False
         self._tracer.end_step()
+        if self._health is not None:
+            self._tracer.guarded(self._health.begin_step, self._ledger.step)
 
     def _finish(self) -> None:
         """The loop has ended: what was not dealt with counts."""

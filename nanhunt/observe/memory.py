@@ -38,12 +38,14 @@ class Memory:
         tainted: Storages with births, by their identity. A weak reference keeps the identity from being used again.
         unwritten: Storages that came from ``empty`` and were not yet written from end to end, and where that was.
         received: Storages that a collective wrote, so that their values may come from another process.
+        last_received: Where the last collective of the running backward pass was.
     """
 
     def __init__(self) -> None:
         self.tainted: dict[int, Storage] = {}
         self.unwritten: dict[int, tuple[StorageWeakRef, Any]] = {}
         self.received: dict[int, tuple[StorageWeakRef, Any]] = {}
+        self.last_received: Any = None
 
     def find(self, tensor: Tensor) -> Storage | None:
         """What is known of the tensor's memory; None if it is not known to be tainted."""
@@ -74,7 +76,16 @@ class Memory:
 
     def note_received(self, tensor: Tensor, where: Any) -> None:
         """Notes memory that other processes wrote to, and where."""
+        self.last_received = where
         self._remember(self.received, tensor, where)
+
+    def received_at(self, gradient: Tensor) -> Any:
+        """Where the values of a gradient that nothing else accounts for came to this process; None if nowhere.
+
+        A communication hook may finish its work in a thread of the backend's, where nothing is seen of it.
+        """
+        known = self.received.get(storage_key(gradient))
+        return known[1] if known is not None else self.last_received
 
     def note_written(self, tensor: Tensor) -> bool:
         """Notes a write; tells whether the memory was unwritten in part or whole before."""

@@ -30,6 +30,7 @@ class ModulePath:
         on_enter: Called with every module that is called while no other module runs, its positional and its keyword
             arguments.
         on_leave: Called with the same module and its output.
+        on_output: Called with every module, its positional and keyword arguments and its output.
     """
 
     def __init__(self, root: nn.Module | None) -> None:
@@ -38,6 +39,7 @@ class ModulePath:
         self.called_from: Place | None = None
         self.on_enter: Callable[[nn.Module, Any, Any], None] | None = None
         self.on_leave: Callable[[nn.Module, Any], None] | None = None
+        self.on_output: Callable[[nn.Module, Any, Any, Any], None] | None = None
         self._names: dict[int, str] = {}
         self._owners: dict[int, str] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -95,6 +97,9 @@ class ModulePath:
                 output = original(module, *args, **kwargs)
             finally:
                 self.current, self.is_outside, self.called_from = before, was_outside, called_from
+            if self.on_output is not None:
+                with torch._C.DisableTorchFunction():
+                    self.on_output(module, args, kwargs, output)
             if was_outside and self.on_leave is not None and torch._C._current_autograd_node() is None:
                 self.on_leave(module, output)
             return output

@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.patches import Patches
 from nanhunt.records.ops import OpRecord, Sink
 
@@ -25,6 +26,7 @@ class ScalingFollower:
         pending: The sinks of the running step that are not certain yet; taken over when the step is skipped.
         meet: Called with the optimizer that is to step.
         skipped: Called with the optimizer whose step was skipped.
+        health: Told of the scale after every step.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class ScalingFollower:
         pending: list[Sink],
         meet: Callable[[Optimizer], None],
         skipped: Callable[[Optimizer], None],
+        health: HealthProbe | None = None,
     ) -> None:
         self._tracer, self._ledger = tracer, tracer.ledger
         self._pending, self._meet, self._skipped = pending, meet, skipped
+        self._health = health
         self._num_stepped = self._num_skips = 0
 
     def patch(self, patches: Patches) -> None:
@@ -75,6 +79,8 @@ class ScalingFollower:
             self._skipped(optimizer)
 
     def _after_update(self, scaler: Any, *args: Any, **kwargs: Any) -> None:
+        if scaler.is_enabled() and self._health is not None:
+            self._health.note_scale(scaler.get_scale(), self._num_skips > 0)
         if scaler.is_enabled() and self._ledger.held and scaler.get_scale() < COLLAPSED_SCALE:
             self._ledger.sinks += self._ledger.held
             self._ledger.held.clear()

@@ -158,7 +158,7 @@ def locate(case: Case) -> Location:
     if isinstance(case.offender, StateSource):
         source = case.offender
         return Location(
-            phase=_SOURCE_PHASES.get(source.kind, "weights"),
+            phase=source.phase or _SOURCE_PHASES.get(source.kind, "weights"),
             op=source.op,
             module=source.module,
             tensor=source.name,

@@ -17,12 +17,14 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nanhunt
 from nanhunt.findings import Finding, Report
+from nanhunt.hunt import Hunt
 
 NUM_STEPS, FAULT_STEP = 4, 2
 Loss = Callable[[nn.Module, Tensor, bool], Tensor]
@@ -54,7 +56,7 @@ def backward_fault(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
 def one_column_fault(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
     y = model(x)
     column = y[:, -1] * 0 if is_bad else y[:, -1].abs() + 1
-    return column.sqrt().mean() + y.pow(2).mean()
+    return column.sqrt().mean() + y.pow(2).mean()  # mark: column
 
 
 def first_shard_fault(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
@@ -75,6 +77,12 @@ def raises(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
 
 def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
     return lambda model: DistributedDataParallel(model, **options)
+
+
+def compressed(model: nn.Module) -> nn.Module:
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    return wrapped
 
 
 def fsdp(model: nn.Module) -> nn.Module:
@@ -143,7 +151,7 @@ def train(
         "weights": [value.hex() for w in weights for value in w.flatten().tolist()],
         "error": noted.error,
     }
-    return seen | (reported(hunt.report()) if isinstance(hunt, nanhunt.hunt.Hunt) else {})
+    return seen | (reported(hunt.report()) if isinstance(hunt, Hunt) else {})
 
 
 class Noted:
@@ -162,12 +170,12 @@ class Noted:
 def all_reduce_gradients(model: nn.Module, how: str) -> None:
     gradients = [p.grad for p in model.parameters()]
     if how == "each":
-        works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+        works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]  # mark: each
         for work in works:
             work.wait()
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat)  # mark: flat
     for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_((piece / 2).view_as(gradient))
 
@@ -211,6 +219,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "ddp static graph": {"wrap": ddp(static_graph=True), "loss_of": backward_fault, "bad_rank": 1},
     "ddp small buckets": {"wrap": ddp(bucket_cap_mb=1e-5), "loss_of": backward_fault, "bad_rank": 1},
     "ddp accumulation": {"wrap": ddp(), "loss_of": backward_fault, "bad_rank": 1, "num_micro_steps": 2},
+    "ddp second part": {
+        "wrap": ddp(),
+        "loss_of": backward_fault,
+        "bad_rank": 1,
+        "num_micro_steps": 2,
+        "bad_micro_step": 1,
+    },
+    "ddp compressed": {"wrap": compressed, "loss_of": backward_fault, "bad_rank": 1},
     "ddp nan weight everywhere": {"wrap": ddp(), "loss_of": forward_fault, "spoiled": (0, 1)},
     "reduced by hand": {"wrap": plain, "loss_of": backward_fault, "bad_rank": 1, "reduces": "each"},
     "reduced by hand, flat": {"wrap": plain, "loss_of": backward_fault, "bad_rank": 1, "reduces": "flat"},
@@ -238,6 +254,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 ALONE: dict[str, dict[str, Any]] = {
     "ddp alone": {"wrap": ddp(), "loss_of": backward_fault, "bad_rank": 1},
     "ddp bucket view alone": {"wrap": ddp(gradient_as_bucket_view=True), "loss_of": backward_fault, "bad_rank": 1},
+    "ddp compressed alone": {"wrap": compressed, "loss_of": backward_fault, "bad_rank": 1},
     "reduced by hand alone": {"wrap": plain, "loss_of": backward_fault, "bad_rank": 1, "reduces": "each"},
     "flat alone": {"wrap": plain, "loss_of": backward_fault, "bad_rank": 1, "reduces": "flat"},
     "fsdp alone": {"wrap": fsdp, "loss_of": backward_fault, "bad_rank": 1},
@@ -254,7 +271,9 @@ def run(name: str, folder: Path) -> Iterator[tuple[str, Any]]:
     elif name == "destroyed":
         yield name, train(ddp(), backward_fault, bad_rank=1, observe=nanhunt.trace, destroys=True)
     elif name in ALONE:
-        yield name, train(**ALONE[name], observe=patient(0.3) if dist.get_rank() == 0 else None)
+        with patient(0.3)() if dist.get_rank() == 0 else contextlib.nullcontext() as hunt:
+            ran = train(**ALONE[name])
+        yield name, ran | (reported(hunt.report()) if hunt is not None else {})
     else:
         yield name, train(**SCENARIOS[name], observe=nanhunt.trace)
         if "healthy" in name:
@@ -290,7 +309,7 @@ def main(rank: int, rendezvous: str, folder: Path, names: list[str]) -> None:
     for name in names:
         try:
             seen |= run(name, folder)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the test shows it
             seen[name] = {"error": traceback.format_exc()}
         (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     if dist.is_initialized():
@@ -298,4 +317,4 @@ def main(rank: int, rendezvous: str, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:] or [*SCENARIOS, *ALONE, "watched"])
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:] or [*SCENARIOS, "watched", *ALONE, "destroyed"])

@@ -13,9 +13,10 @@ import nanhunt.rules
 from nanhunt.cli.rules import find_rule, page
 from nanhunt.errors import NanhuntError
 from nanhunt.findings import Finding
+from nanhunt.records.health import Health
 from nanhunt.records.ops import OpRecord, StateSource, ValueFacts
 from nanhunt.rules import registry
-from nanhunt.rules.registry import Case, Rule, all_rules, judge
+from nanhunt.rules.registry import Case, Rule, all_rules, judge, judge_health
 
 FILES = sorted(path.stem for path in Path(nanhunt.rules.__path__[0]).glob("nh*.py"))
 MODULES = [import_module(f"nanhunt.rules.{name}") for name in FILES]
@@ -33,11 +34,12 @@ FACTS = (ValueFacts((4,), "float32", num_nan=1),)
 each_rule = pytest.mark.parametrize("module", MODULES, ids=FILES)
 
 
-def examples(kind):
+def examples(kind, judges=(Case, Health)):
     return [
         pytest.param(module.RULE, case, id=f"{module.RULE.code}-{number}")
         for module in MODULES
         for number, case in enumerate(getattr(module, kind))
+        if module.RULE.judges in judges
     ]
 
 
@@ -91,12 +93,40 @@ def test_clean_examples_are_not(rule: Rule, case: Case):
     assert rule.judge(case) is None
 
 
-@pytest.mark.parametrize(("rule", "case"), examples("FLAGGED"))
+@pytest.mark.parametrize(("rule", "case"), examples("FLAGGED", (Case,)))
 def test_a_flagged_example_becomes_a_finding_of_its_rule(rule: Rule, case: Case):
     finding = judge(replace(case, step=19))
     assert (finding.code, finding.name, finding.cause) == (rule.code, rule.name, rule.cause)
     assert finding.certainty == ("unknown" if rule.cause == "unknown" else "observed")
     assert finding.location.step == 19
+
+
+@pytest.mark.parametrize(("rule", "health"), examples("FLAGGED", (Health,)))
+def test_a_flagged_run_has_a_finding_of_its_rule(rule: Rule, health: Health):
+    (finding,) = (finding for finding in judge_health(health) if finding.code == rule.code)
+    assert (finding.name, finding.cause, finding.severity) == (rule.name, rule.cause, rule.severity)
+    assert finding.certainty == "observed"
+    assert finding.location.step is not None
+    assert finding.location.phase in ("forward", "backward", "optimizer")
+
+
+@pytest.mark.parametrize(("rule", "health"), examples("CLEAN", (Health,)))
+def test_a_clean_run_has_no_finding_of_any_rule(rule: Rule, health: Health):
+    assert judge_health(health) == []
+
+
+def test_only_an_infinite_moment_and_a_collapsed_scale_are_errors_of_a_run():
+    severities = {rule.code: rule.severity for rule in all_rules() if rule.judges is Health}
+    errors = {code for code, severity in severities.items() if severity == "error"}
+    assert errors == {"NH303", "NH403"}
+    assert set(severities) == {"NH102", "NH104", "NH204", "NH205", "NH206", "NH303", "NH304", "NH403"}
+
+
+def test_the_earliest_finding_of_a_run_comes_first():
+    late, early = (module.FLAGGED[0] for module in MODULES if module.RULE.code in ("NH303", "NH204"))
+    health = replace(late, moments=late.moments or early.moments, steps=late.steps or early.steps)
+    found = [(finding.location.step, finding.code) for finding in judge_health(health)]
+    assert found == [(0, "NH204"), (5, "NH303")]
 
 
 @each_rule
@@ -159,7 +189,7 @@ def test_rules_are_judged_without_torch():
         "import sys",
         "from nanhunt.rules.registry import all_rules, judge",
         "for rule in all_rules():",
-        "    for case in sys.modules[rule.judge.__module__].FLAGGED: judge(case)",
+        "    for case in sys.modules[rule.judge.__module__].FLAGGED: rule.judge(case)",
         "print('torch' in sys.modules)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
