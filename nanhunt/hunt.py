@@ -2,16 +2,18 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanhunt.findings import ChainLink, Finding, Report, Skip, Verdict
 from nanhunt.numerics import count
 from nanhunt.observe.call import Origin
+from nanhunt.observe.compiled import keep_out
 from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.loop import LoopFollower, Outputs
@@ -27,7 +29,7 @@ class Hunt:
     def __init__(
         self,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         outputs: Outputs = "auto",
         finite: bool = True,
@@ -56,6 +58,10 @@ class Hunt:
         self._tracer.__exit__(kind, error, trace)
         self._follower.__exit__(kind, error, trace)
         self._seconds += time.perf_counter() - self._started
+        if isinstance(error, torch.linalg.LinAlgError) and self._tracer.refusal and not self._tracer.ledger.sinks:
+            record, evidence = self._tracer.refusal
+            self._tracer.ledger.end_in_refusal(record)
+            self._tracer.evidence[record.index] = evidence
         if error is not None:
             self._ended_in = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if self._ranks.is_distributed:
@@ -68,6 +74,13 @@ class Hunt:
     def _origin(self, tensor: Tensor) -> Origin:
         models = [("", self._follower.model)] if self._follower.model is not None else []
         return find_origin(tensor, models, self._follower.optimizers)
+
+    def reached(self, kind: str, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Says that these tensors must be finite, as the loss and the gradients of the model must be anyway.
+
+        To be called inside the trace; a non-finite one becomes a place of harm, of this ``kind``.
+        """
+        self._tracer.guarded(self._tracer.reached, kind, named)
 
     def report(self) -> Report:
         """What was found: ``report.first`` is the first offender, or None when nothing is wrong."""
@@ -124,6 +137,8 @@ class Hunt:
     def _facts(self, trace: Trace) -> Iterator[tuple[str, str]]:
         yield "steps", f"{self._tracer.ledger.step:,}"
         yield "operations", f"{trace.num_ops:,}"
+        if self._tracer.compiled.names:
+            yield "compiled code", f"traced in eager mode: {', '.join(self._tracer.compiled.names)}"
         if self._ended_in:
             yield "ended in", self._ended_in
         for what, number in self._follower.notes.items():
@@ -136,11 +151,16 @@ class Hunt:
             yield Skip("looking for finite trouble", problem)
         for kind, number in trace.skipped:
             yield Skip(f"looking at {count(number, kind)}", "its values cannot be read")
+        if self._tracer.compiled.names:
+            reason = "traced as it is written; nanhunt.compare_compiled(model, batch) runs the step both ways"
+            yield Skip("looking for faults of the compiled code alone", reason)
         if self._tracer.is_passive:
             yield Skip("the steps after the fault", "what follows it are symptoms")
 
 
-def trace(model: nn.Module | None = None, optimizer: Optimizer | None = None, **options: Any) -> Hunt:
+def trace(
+    model: nn.Module | None = None, optimizer: Optimizer | Sequence[Optimizer] | None = None, **options: Any
+) -> Hunt:
     """Traces every operation of a loop, and finds the first one that made a non-finite value that does harm.
 
     Use as ``with nanhunt.trace(model, optimizer) as hunt:`` around any loop, then ``hunt.report()``. The loop may
@@ -148,7 +168,7 @@ def trace(model: nn.Module | None = None, optimizer: Optimizer | None = None, **
 
     Args:
         model: The model; None to take the first module with parameters that is called.
-        optimizer: The optimizer whose steps are counted; None for the first that steps.
+        optimizer: The optimizer whose steps are counted, of several the first; None for the first that steps.
         options: ``outputs``: when a non-finite output of the model is harm. "auto" (default): where no backward pass
             follows, as in evaluation. "always". "never". ``finite``: whether to look for trouble that is still finite
             as well (growth, dead or subnormal gradients, lost updates), True. ``ranks_timeout_s``: how long the report
@@ -161,6 +181,10 @@ def trace(model: nn.Module | None = None, optimizer: Optimizer | None = None, **
         ValueError: If ``outputs`` is none of these, or ``ranks_timeout_s`` no number of seconds.
     """
     return Hunt(model, optimizer, **options)
+
+
+# A compiled function may hold the whole trace.
+keep_out(trace, Hunt.__init__, Hunt.__enter__, Hunt.__exit__, Hunt.report)
 
 
 def _chain(offender: OpRecord | StateSource, trace: Trace) -> Iterator[ChainLink]:

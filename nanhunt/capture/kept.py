@@ -8,8 +8,11 @@ NOTE on what belongs to a step.
 2. A batch whose forward got no gradient at all did not take part: the loop went on to the next one.
 3. Random generators and buffers are kept as they were before the first forward of the step, and before the first
    since the last backward, which takes its place if what came before was dropped.
+4. The gradient of an output is noted by its autograd node. Hooks on tensors stay on them, are complained about when
+   they are saved, and crash the process on a view whose base was written to (pytorch#196459).
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,10 +20,13 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from nanhunt.capture.rng import RawStates
 from nanhunt.observe.finite import stored_values
+from nanhunt.observe.modes import unseen
 
 MAX_CALLS = 64
 """Model calls kept per step. A loop that never steps must not fill the memory; what is older is dropped and said."""
@@ -37,18 +43,41 @@ class ModelCall:
     batch: int
     micro_step: int
     output_grads: dict[int, Tensor] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     def keep_gradients_of(self, output: Any) -> None:
-        """Asks autograd for the gradients of the outputs."""
+        """Asks autograd for the gradients of the outputs (rule 4 of the NOTE)."""
         for position, tensor in enumerate(_tensors(output)):
-            if tensor.requires_grad:
-                tensor.register_hook(self._keeper(position))
+            if not tensor.requires_grad:
+                continue
+            try:
+                node = tensor.grad_fn
+            except RuntimeError:
+                # One of several views made at once, whose base was written to; nothing can be made of it.
+                continue
+            if node is not None:
+                node.register_prehook(_of_output(tensor.output_nr, self._keeper(position)))
+            else:
+                # A parameter of the model or an input, which must not carry the hook for longer than the step.
+                self.handles.append(tensor.register_hook(self._keeper(position)))
 
-    def _keeper(self, position: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            self.output_grads[position] = gradient.detach()
+    def _keeper(self, position: int) -> Callable[[Tensor | None], None]:
+        # The graph must not hold the inputs: where the loop writes outputs into them, they hold the graph.
+        reference = weakref.ref(self)
+
+        @unserializable_hook
+        def keep(gradient: Tensor | None) -> None:
+            call = reference()
+            if call is not None and gradient is not None:
+                with unseen():
+                    call.output_grads[position] = gradient.detach()
 
         return keep
+
+    def let_go(self) -> None:
+        """Takes the hooks off tensors that outlive the step."""
+        while self.handles:
+            self.handles.pop().remove()
 
     @property
     def was_modified(self) -> bool:
@@ -83,8 +112,8 @@ class Buffers:
         shown = set()
         for path, owner, name in self._places:
             buffer = owner[name]
-            # A buffer that two modules share has the first of its names.
-            if buffer is not None and id(buffer) not in shown:
+            # A buffer that two modules share has the first of its names; a lazy one has no values yet.
+            if buffer is not None and id(buffer) not in shown and not is_lazy(buffer):
                 shown.add(id(buffer))
                 copies[path] = buffer.detach().clone()
         return copies
@@ -126,21 +155,25 @@ class KeptStep:
         self._batches.append(_Batch(self._num_batches, self._micro_step, batch))
         self._is_fresh = True
 
-    def note_call(self, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Any) -> None:
+    def note_call(self, buffers: Buffers, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: Any) -> ModelCall:
         """A forward that is about to run."""
         if self._is_fresh:
             self._latest = Start(RawStates.now(), buffers.copies())
             self._start = self._start or self._latest
             self._is_fresh = False
         call = ModelCall(args, kwargs, versions(args, kwargs), autocast, self._num_batches, self._micro_step)
+        if len(self.calls) == MAX_CALLS:
+            self.calls[0].let_go()
         self.calls.append(call)
         self.num_calls += 1
+        return call
 
     def begin_backward(self, roots: Iterable[Any], parameters: Iterable[Tensor]) -> None:
         """Notes the losses; forgets what came before the last backward pass if its gradients were dropped."""
         if self.losses and self._was_dropped(parameters):
             self.losses.clear()
-            self.calls = deque((call for call in self.calls if call.micro_step == self._micro_step), maxlen=MAX_CALLS)
+            while self.calls and self.calls[0].micro_step != self._micro_step:
+                self.calls.popleft().let_go()
             self.num_calls = len(self.calls)
             kept = [batch for batch in self._batches if batch.micro_step == self._micro_step]
             # A closure runs again on the batch it already has.
@@ -153,14 +186,14 @@ class KeptStep:
         """What comes now is another micro-step."""
         self._micro_step += 1
         self._is_fresh = True
-        self._gradient_version = next((p.grad._version for p in parameters if p.grad is not None), None)
+        self._gradient_version = next((_version(p.grad) for p in parameters if p.grad is not None), None)
 
     def _was_dropped(self, parameters: Iterable[Tensor]) -> bool:
         """Rule 1 of the NOTE; values are read only if something was written into the gradients since."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients or self._gradient_version is None:
             return not gradients
-        if gradients[0]._version == self._gradient_version:
+        if _version(gradients[0]) == self._gradient_version:
             return False
         return not any(bool(stored_values(gradient).any()) for gradient in gradients)
 
@@ -176,6 +209,11 @@ class KeptStep:
         start = self._start if not calls or calls[0] is self.calls[0] else self._latest
         return chosen or [batch.value for batch in self._batches], calls, start
 
+    def let_go(self) -> None:
+        """Takes the hooks off tensors that outlive the step."""
+        for call in self.calls:
+            call.let_go()
+
     @property
     def start(self) -> Start | None:
         """Where the step began, as far as a forward was seen."""
@@ -184,7 +222,17 @@ class KeptStep:
 
 def versions(*values: Any) -> list[int]:
     """Version counters of all tensors inside: how often they were written to."""
-    return [tensor._version for tensor in _tensors(values)]
+    return [_version(tensor) for tensor in _tensors(values)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; a tensor of inference mode does not count it, and only there can be written to."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _of_output(number: int, keep: Callable[[Tensor | None], None]) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """For an autograd node, which is given the gradients of all its outputs."""
+    return lambda gradients: keep(gradients[number])
 
 
 def _tensors(values: Any) -> list[Tensor]:

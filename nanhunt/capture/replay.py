@@ -18,7 +18,7 @@ from nanhunt.capture.rng import rng_state, set_rng_state
 from nanhunt.capture.step import NO_CHANGE, Batches, Change, ReplayedStep, StepRun
 from nanhunt.errors import TargetError
 from nanhunt.observe.exact import ExactTracer
-from nanhunt.observe.loop import optimizer_tensors
+from nanhunt.observe.values import optimizer_tensors
 from nanhunt.records.steps import Determinism
 from nanhunt.targets import Target
 

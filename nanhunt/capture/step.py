@@ -17,8 +17,8 @@ from nanhunt.capture.watch import canonical
 from nanhunt.errors import TargetError, first_line
 from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.finite import tally
-from nanhunt.observe.loop import optimizer_tensors
 from nanhunt.observe.modes import untraced
+from nanhunt.observe.values import optimizer_tensors
 from nanhunt.records.steps import StepOutcome, Tally
 from nanhunt.targets import Target
 

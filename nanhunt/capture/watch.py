@@ -14,7 +14,7 @@ NOTE on what it costs and what it keeps.
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -28,8 +28,14 @@ from nanhunt.capture.format import Capture, checksum, plain, write_capture
 from nanhunt.capture.kept import Buffers, KeptStep, ModelCall
 from nanhunt.capture.rng import rng_state
 from nanhunt.errors import CaptureError, NonFiniteStep, first_line
+from nanhunt.observe.calls import ModuleCalls, stand_in_for_backward
+from nanhunt.observe.collectives import own_part
+from nanhunt.observe.compiled import keep_out
 from nanhunt.observe.finite import all_finite, stored_values, tally
+from nanhunt.observe.holders import unwrapped
+from nanhunt.observe.modes import unseen
 from nanhunt.observe.modules import ModuleTracer
+from nanhunt.observe.patches import StandIn
 from nanhunt.observe.ranks import is_alone, rank
 from nanhunt.observe.source import user_frame
 from nanhunt.records.modules import ModuleFault
@@ -99,13 +105,14 @@ class Watch:
             raise ValueError(f"on_fault is 'raise', 'skip' or 'record', not {on_fault!r}")
         self.step = start_step
         self.faults: deque[Fault] = deque(maxlen=100)
-        self._called, self._model = model, _unwrapped(model)
+        self._model = unwrapped(model)
         self._optimizer, self._scaler = optimizer, scaler
         self._out_dir, self._on_fault = Path(out_dir), on_fault
         self._target, self._config = target, dict(config) if config is not None else None
         self._modules = ModuleTracer(model) if trace_finite else None
         self._handles: list[Any] = []
-        self._inner_backward: Callable[..., Any] | None = None
+        self._calls = ModuleCalls(model, self._before_forward, self._after_forward)
+        self._backward: StandIn | None = None
         self._control: list[Any] = []
         self._num_captures, self._max_captures = 0, max_captures
         self._buffers = Buffers(self._model)
@@ -129,41 +136,44 @@ class Watch:
         if self._modules is not None:
             self._modules.__enter__()
         self._handles = [
-            self._called.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._called.register_forward_hook(self._after_forward),
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
-        self._inner_backward = torch.autograd.backward
-        torch.autograd.backward = self._backward
+        self._calls.follow()
+        self._backward = stand_in_for_backward(self._before_backward, self._after_backward)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._inner_backward is not None:
-            torch.autograd.backward = self._inner_backward
+        self._calls.leave()
+        if self._backward is not None:
+            self._backward.leave()
         for handle in self._handles:
             handle.remove()
+        self._kept.let_go()
         if self._modules is not None:
             self._modules.__exit__(None, None, None)
         if isinstance(error, torch.linalg.LinAlgError):
-            self._capture_crash(error)
+            with unseen():
+                self._capture_crash(error)
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall | None:
+        if not torch.is_grad_enabled():
+            return None
+        with unseen():
+            return self._kept.note_call(self._buffers, args, kwargs, autocast_state())
+
+    def _after_forward(self, call: ModelCall, output: Any) -> None:
         if torch.is_grad_enabled():
-            self._kept.note_call(self._buffers, args, kwargs, autocast_state())
+            with unseen():
+                call.keep_gradients_of(output)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and self._kept.calls:
-            self._kept.calls[-1].keep_gradients_of(output)
+    def _before_backward(self, roots: Any) -> None:
+        with unseen():
+            self._kept.begin_backward([roots] if isinstance(roots, Tensor) else roots, self._parameters())
 
-    def _backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for ``torch.autograd.backward`` while the watch is on: notes the loss, changes nothing."""
-        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        self._kept.begin_backward(roots, self._parameters())
-        assert self._inner_backward is not None
-        result = self._inner_backward(tensors, *args, **kwargs)
-        self._kept.end_backward(self._parameters())
-        return result
+    def _after_backward(self) -> None:
+        with unseen():
+            self._kept.end_backward(self._parameters())
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The first of the arguments is the optimizer itself.
@@ -185,17 +195,20 @@ class Watch:
         if not self._is_faulty:
             self._control = self._kept.taking_part(ended_in_error=False)[0] or self._control
         self.step += 1
+        self._kept.let_go()
+        self._calls.follow()
         self._begin_step()
         if self._modules is not None:
             self._modules.begin_step()
 
     def judge_step(self) -> None:
         """Looks at the step as it stands; the optimizer's pre-hook does it by itself."""
-        seen = [*self._kept.losses, *(p.grad for p in self._parameters() if p.grad is not None)]
-        with torch.no_grad():
-            if all_finite(seen) or self._is_passed_over():
-                return
-        self._handle_fault("")
+        with unseen():
+            seen = [*self._kept.losses, *(p.grad for p in self._parameters() if p.grad is not None)]
+            with torch.no_grad():
+                if all_finite(seen) or self._is_passed_over():
+                    return
+            self._handle_fault("")
 
     def _is_passed_over(self) -> bool:
         """Whether a ``GradScaler`` has told a fused optimizer to leave this step out."""
@@ -215,7 +228,8 @@ class Watch:
     def _handle_fault(self, crash: str) -> None:
         self._is_faulty = True
         loss = self._loss()
-        named = [(name, p.grad) for name, p in self._model.named_parameters() if p.grad is not None]
+        given = [(name, p.grad) for name, p in self._model.named_parameters() if p.grad is not None]
+        named = [(name, part) for name, gradient in given if (part := own_part(gradient)) is not None]
         gradients = tally(named)
         module_fault = None
         if self._modules is not None:
@@ -224,6 +238,8 @@ class Watch:
         try:
             if self._num_captures >= self._max_captures:
                 raise CaptureError(f"this run has saved {self._max_captures} captures already")
+            if any(own_part(gradient) is not gradient for _, gradient in given):
+                raise CaptureError("the model is sharded over several processes, and a piece of it cannot be replayed")
             path = write_capture(self._capture(loss, gradients, named, crash), self._out_dir)
             self._num_captures += 1
         except CaptureError as error:
@@ -263,7 +279,7 @@ class Watch:
             before = self._kept.start.buffers if self._kept.start is not None else {}
             with torch.no_grad():
                 for name, buffer in self._model.named_buffers():
-                    if name in before:
+                    if name in before and not buffer.is_inference():
                         buffer.copy_(before[name])
 
     def _capture(self, loss: float, gradients: Tally, named: list[tuple[str, Tensor]], crash: str) -> Capture:
@@ -305,6 +321,9 @@ class Watch:
         return Capture(meta, payload)
 
 
+keep_out(Watch._before_forward, Watch._after_forward, Watch._before_backward, Watch._after_backward)
+
+
 def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
     """Watches a training loop and saves the step that goes non-finite, before it can poison the weights.
 
@@ -336,17 +355,6 @@ def canonical(tensor: Tensor) -> Tensor:
     if values.layout is not torch.strided:
         return values
     return torch.where(torch.isnan(values), torch.full_like(values, math.nan), values)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model as a target builds it, without what ``torch.compile`` and DistributedDataParallel put around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

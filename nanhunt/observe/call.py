@@ -1,7 +1,7 @@
 """One operation while it is being judged, and the words for where it stands."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class Here(NamedTuple):
     forward_op: str | None = None
     recomputed: bool = False
     own_backward: SourceLine | None = None
-    is_between: bool = False
+    between: Literal["", "before the step", "after the step"] = ""
 
 
 class Places(Protocol):

@@ -11,6 +11,7 @@ NOTE on what can be known.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nanhunt.observe.call import Call, Origin
@@ -19,6 +20,12 @@ from nanhunt.observe.memory import Memory, storage_key
 from nanhunt.observe.op_info import OpTraits, tensors_in, written
 from nanhunt.observe.source import ForwardSite
 from nanhunt.records.ops import Sink
+
+_VIEWS = """
+alias as_strided detach expand permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze view
+_unsafe_view _reshape_alias _record_function_enter_new _record_function_exit
+"""
+_VIEW_NAMES = frozenset(_VIEWS.split())
 
 
 def own_part(tensor: Tensor) -> Tensor | None:
@@ -52,12 +59,19 @@ def sent(call: Call, births: frozenset[int]) -> Sink:
 
 def moves_received(memory: Memory, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> bool:
     """Whether the operation has taken values out of received memory; a view of it has not."""
-    if not memory.received:
+    received = memory.received
+    if not received or traits.name in _VIEW_NAMES:
         return False
-    targets = written(traits, args, kwargs)
-    shown = {id(tensor) for tensor in targets}
-    keys = {storage_key(t) for t in tensors_in(*args, *kwargs.values()) if id(t) not in shown} & memory.received.keys()
-    return bool(keys) and not keys & {storage_key(tensor) for tensor in targets or tensors_in(output)}
+    targets = [position for position, _ in traits.writes]
+    given = [value for position, value in enumerate(args) if position not in targets]
+    keys = {key for tensor in tensors_in(*given, *kwargs.values()) if (key := _key(tensor)) in received}
+    return bool(keys) and not keys & {_key(tensor) for tensor in written(traits, args, kwargs) or tensors_in(output)}
+
+
+def _key(tensor: Tensor) -> int:
+    """As ``storage_key``, but quicker for what nearly every tensor is."""
+    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return tensor.untyped_storage()._cdata if is_plain else storage_key(tensor)
 
 
 def ends_collective(memory: Memory, call: Call) -> bool:

@@ -1,22 +1,12 @@
 """The exact tracer: every aten operation of a step, forward, backward and optimizer.
 
-NOTE on what it costs and how it knows where it is.
-
-1. While nothing is non-finite, an operation costs one sum over its result, and nothing at all if it can only move or
-   bound what it is given. The first non-finite result begins the bookkeeping of ``ledger.py``; when the memory that
-   holds it is gone, it ends.
-2. A backward operation belongs to the forward operation whose autograd node runs: the first forward operation
-   dispatched after the node was numbered, ``_get_sequence_nr() == node._sequence_nr() + 1``.
-3. A gradient hook and the backward of an ``autograd.Function`` are Python code that the engine calls: their frames lie
-   below that of the engine. The recomputation of a checkpoint lies below one of ``torch.utils.checkpoint``.
+While nothing is non-finite, an operation costs one sum over its result, and nothing at all if it can only move or bound
+what it is given. The first non-finite result begins the bookkeeping of ``ledger.py``; when the memory that holds it is
+gone, it ends. Where an operation stands is ``sites.py``'s affair.
 """
 
 import contextlib
-import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import takewhile
-from types import CodeType
 from typing import Any, Self
 
 import torch
@@ -24,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
-from nanhunt.observe.call import Call, Here, Origin
+from nanhunt.observe.as_written import AsWritten, is_stance_enough
+from nanhunt.observe.call import Call, Origin
 from nanhunt.observe.collectives import moves_received
-from nanhunt.observe.compiled import CompiledCode, keep_uncompiled
 from nanhunt.observe.evidence import evidence_at_birth
 from nanhunt.observe.finite import list_is_finite, unreadable_kind
 from nanhunt.observe.ledger import Ledger
@@ -45,15 +35,10 @@ from nanhunt.observe.op_info import (
     traits_of,
     written,
 )
-from nanhunt.observe.source import ForwardSite, applied_place, is_users_function, line_of, place_in_backward, user_place
+from nanhunt.observe.refusal import refused_matrix
+from nanhunt.observe.sites import Sites
 from nanhunt.records.evidence import OffenderEvidence
-from nanhunt.records.ops import Phase, Trace
-
-MAX_SITES = 100_000
-"""Forward operations remembered for their backward operations; a graph kept for longer loses its lines."""
-
-_KEPT_STEPS = 3
-"""Steps for which the forward operations are remembered, for graphs that are kept over a step."""
+from nanhunt.records.ops import OpRecord, Phase, Trace
 
 MAX_EVIDENCE = 64
 """Births whose inputs are described."""
@@ -82,11 +67,12 @@ class ExactTracer(TorchDispatchMode):
         origin: Says what a tensor is that no traced operation wrote.
 
     Attributes:
+        path: Which module is running.
+        places: Where operations stand.
         ledger: What is known of the non-finite values.
         evidence: For births, what their inputs held, by index.
-        drivers: Places that only drive the loop; see ``line_of``.
+        refusal: The last finite matrix that a decomposition refused.
         is_passive: Whether nothing more is looked at.
-        is_past_backward: Whether a backward pass has ended and no forward pass has begun since.
     """
 
     def __init__(
@@ -99,23 +85,25 @@ class ExactTracer(TorchDispatchMode):
         super().__init__()
         self.focused: dict[int, FocusedOp] = {}
         self.path = ModulePath(model)
-        self.compiled = CompiledCode()
-        self.ledger = Ledger(self, origin)
+        self.compiled = AsWritten(ExactTracer.__torch_dispatch__.__code__)
+        self.places = Sites(self.path)
+        self.ledger = Ledger(self.places, origin)
         self.evidence: dict[int, OffenderEvidence] = {}
-        self.drivers: frozenset[tuple[CodeType, int]] = frozenset()
+        self.refusal: tuple[OpRecord, OffenderEvidence] | None = None
         self.is_passive = False
-        self.is_past_backward = False
         self._focus = frozenset(focus)
         self._last_focus = max(self._focus, default=-1)
-        self._phase: Phase = "forward"
         self._num_ops = 0
-        self._sites: dict[int, ForwardSite] = {}
         self._number = -1
-        self._step_numbers: deque[int] = deque(maxlen=_KEPT_STEPS)
         self._problems: list[str] = []
 
     supports_higher_order_operators = True
     """An operation that takes functions, such as ``flex_attention``, is one operation; else torch would refuse it."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether torch may compile under the tracer; else it does not even where it cannot do without."""
+        return is_stance_enough()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -124,7 +112,6 @@ class ExactTracer(TorchDispatchMode):
         return False
 
     def __enter__(self) -> Self:
-        keep_uncompiled(ExactTracer.__torch_dispatch__.__code__)
         self.compiled.__enter__()
         self.path.__enter__()
         super().__enter__()
@@ -142,28 +129,18 @@ class ExactTracer(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Names the part of the step that runs inside."""
-        before, self._phase = self._phase, phase
+        before, self.places.phase = self.places.phase, phase
         try:
             yield
         finally:
-            self._phase = before
-
-    def set_phase(self, phase: Phase) -> None:
-        """Names the part of the step that runs from here on."""
-        self._phase = phase
-
-    def note_driver(self) -> None:
-        """The user's line that is running only drives the loop, if a package stands between it and what is called."""
-        place = user_place(sys._getframe(1))
-        if place.users is not None:
-            self.drivers |= {(place.users, place.users_position)}
+            self.places.phase = before
 
     def declare(self, kind: Any, named: Iterable[tuple[str, Tensor]], *, here: bool = False) -> None:
         """Looks at tensors that exist before the step (batch, parameters, buffers, optimizer state).
 
         A non-finite one becomes a source, found before any operation; with ``here``, at the user's running line.
         """
-        place = self.here() if here else None
+        place = self.places.here() if here else None
         with untraced(), torch.no_grad():
             for name, tensor in named:
                 self.ledger.declare(Origin(kind, name, _owner(kind, name)), tensor, place, self._num_ops - 1)
@@ -195,11 +172,8 @@ class ExactTracer(TorchDispatchMode):
     def end_step(self) -> None:
         """Forgets what can no longer do harm."""
         self.guarded(self.ledger.forget_past)
-        if len(self._step_numbers) == _KEPT_STEPS:
-            oldest = self._step_numbers[0]
-            for number in list(takewhile(lambda number: number < oldest, self._sites)):
-                del self._sites[number]
-        self._step_numbers.append(self._number)
+        self.places.number = self._number
+        self.places.end_step()
         if len(self.evidence) >= MAX_EVIDENCE // 2:
             kept = {record.index for record in self.ledger.records}
             self.evidence = {index: found for index, found in self.evidence.items() if index in kept}
@@ -217,12 +191,14 @@ class ExactTracer(TorchDispatchMode):
         index = self._num_ops
         self._num_ops = index + 1
         traits = traits_of(func)
-        if self.ledger.memory.tainted or self._focus:
+        if self._focus or (self.ledger.memory.tainted and self.ledger.memory.is_touched_by(args, kwargs)):
             return self._dispatch_watchfully(index, func, traits, args, kwargs or {})
+        if index % _PURGE_EVERY == 0:
+            self.ledger.memory.purge()
         number = _sequence_number()
         if number != self._number:
             self._number = number
-            self.guarded(self._note_site, number, index, traits)
+            self.guarded(self.places.note, number, index, traits)
         try:
             output = func(*args, **kwargs) if kwargs else func(*args)
         except Exception as error:
@@ -244,7 +220,12 @@ class ExactTracer(TorchDispatchMode):
             self.guarded(bump_versions, traits, args, kwargs or {})
         if traits.creates and not (traits.shrinks and -1 <= args[1] <= 1):
             # A zero tensor, as autograd makes them, has no memory to read.
-            if type(output) is Tensor and output.dtype in _SUMMED and not output._is_zerotensor():
+            if (
+                type(output) is Tensor
+                and output.dtype in _SUMMED
+                and not traits.writes_beside
+                and not output._is_zerotensor()
+            ):
                 try:
                     total = output.sum().item()
                 except Exception:  # noqa: BLE001 - a meta or sparse tensor; the careful look says what it is
@@ -265,13 +246,15 @@ class ExactTracer(TorchDispatchMode):
 
     def _look(self, index: int, traits: OpTraits, args: Any, kwargs: Any, output: Any) -> None:
         """The careful look at what is not one plain tensor with a finite sum; nothing was tainted before."""
-        results = written(traits, args, kwargs) if traits.writes else tensors_in(output)
-        if self._phase == "optimizer" and traits.name == "_foreach_add_" and not results[-1].dim():
+        results = written(traits, args, kwargs) if traits.writes_beside or traits.writes else []
+        results += [tensor for tensor in tensors_in(output) if all(tensor is not known for known in results)]
+        if self.places.phase == "optimizer" and traits.name == "_foreach_add_" and not results[-1].dim():
             # The step counters.
             return
         self.ledger.skipped.update(kind for kind in map(unreadable_kind, results) if kind is not None)
         if not list_is_finite(results):
-            self._finish(Call(index, traits, args, kwargs, tensors_in(*args, *kwargs.values()), results), output)
+            inputs = tensors_in(*args, *kwargs.values())
+            self._finish(Call(index, traits, args, kwargs, inputs, written(traits, args, kwargs)), output)
         elif traits.writes and self.ledger.memory.unwritten:
             for tensor in results:
                 self.ledger.memory.note_written(tensor)
@@ -281,7 +264,7 @@ class ExactTracer(TorchDispatchMode):
         memory = self.ledger.memory
         if traits.is_uninitialised:
             for tensor in tensors_in(output):
-                memory.note_unwritten(tensor, self.site(index, traits))
+                memory.note_unwritten(tensor, self.places.site(index, traits))
             return
         filled = False
         if traits.writes and memory.unwritten:
@@ -291,7 +274,7 @@ class ExactTracer(TorchDispatchMode):
             self._look(index, traits, args, kwargs, output)
 
     def _dispatch_watchfully(self, index: int, func: Any, traits: OpTraits, args: Any, kwargs: Any) -> Any:
-        self.guarded(self._note_site, _sequence_number(), index, traits)
+        self.guarded(self.places.note, _sequence_number(), index, traits)
         call = self.guarded(self.ledger.before, index, traits, args, kwargs)
         if index in self._focus:
             self.focused[index] = FocusedOp(traits.full_name, traits.argument_names, copied(args), copied(kwargs))
@@ -299,7 +282,7 @@ class ExactTracer(TorchDispatchMode):
             output = func(*args, **kwargs)
         except Exception as error:
             if call is not None and is_refusal(error):
-                self.guarded(self.ledger.refused, call)
+                self.guarded(self._note_refused, call)
             raise
         if traits.is_foreach and traits.writes:
             self.guarded(bump_versions, traits, args, kwargs)
@@ -327,7 +310,11 @@ class ExactTracer(TorchDispatchMode):
                 self.evidence[call.index] = found
 
     def _note_refusal(self, index: int, traits: OpTraits, args: Any, kwargs: Any) -> None:
-        self.ledger.refused(Call(index, traits, args, kwargs, tensors_in(*args, *kwargs.values()), []))
+        self._note_refused(Call(index, traits, args, kwargs, tensors_in(*args, *kwargs.values()), []))
+
+    def _note_refused(self, call: Call) -> None:
+        if not self.ledger.refused(call):
+            self.refusal = refused_matrix(call, self.places.here(), self.ledger.step, self.ledger.micro_step)
 
     def guarded(self, look: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs a look; its own failure becomes a message and never the user's crash."""
@@ -341,58 +328,6 @@ class ExactTracer(TorchDispatchMode):
             if len(self._problems) < 20:
                 self._problems.append(f"{type(error).__name__} while looking at an operation: {error}")
             return None
-
-    def _note_site(self, number: int, index: int, traits: OpTraits) -> None:
-        """Remembers the first operation after each autograd node was numbered (rule 2 of the NOTE)."""
-        if number in self._sites:
-            return
-        node = _running_node()
-        if node is not None and not torch.is_grad_enabled():
-            return
-        frame = sys._getframe(1)
-        if node is not None:
-            kind, place = place_in_backward(frame)
-            known = self._sites.get(node._sequence_nr() + 1)
-            if kind == "engine" and known is not None:
-                # A backward pass that is itself differentiated belongs to the forward it differentiates.
-                self._sites[number] = known
-                return
-        else:
-            place = applied_place(self.path.place(frame), frame)
-        if len(self._sites) >= MAX_SITES:
-            for old in list(self._sites)[: MAX_SITES // 2]:
-                del self._sites[old]
-        self._sites[number] = ForwardSite(index, traits.full_name, self.path.current, place, self._phase)
-
-    def site(self, index: int, traits: OpTraits) -> ForwardSite:
-        """Where the running operation stands, to be worked out when somebody asks."""
-        place = user_place(sys._getframe(1))
-        return ForwardSite(index, traits.full_name, self.path.current, place, self._phase)
-
-    def seen_from(self, site: ForwardSite) -> Here:
-        """A site in the terms of a record."""
-        return Here(site.phase, site.module, line_of(site.place, self.drivers))
-
-    def here(self) -> Here:
-        """Where the running operation stands."""
-        node = _running_node()
-        frame = sys._getframe(1)
-        if node is None:
-            line = line_of(user_place(frame), self.drivers)
-            is_between = self.is_past_backward and self.path.is_outside and self._phase == "forward"
-            return Here(self._phase, self.path.current, line, is_between=is_between)
-        kind, place = place_in_backward(frame)
-        if kind == "recomputed":
-            return Here("forward", self.path.current, line_of(place, self.drivers), recomputed=True)
-        site = self._sites.get(node._sequence_nr() + 1)
-        line = line_of(site.place, self.drivers) if site is not None else None
-        own = line_of(place, self.drivers) if kind == "code" else None
-        module = site.module if site is not None else self.path.module_of(getattr(node, "variable", None))
-        if own is not None and not is_users_function(node):
-            # A hook: what it computes comes from its own line, not from the one it hangs on.
-            return Here("backward", module, own)
-        index, op = (site.index, site.op) if site is not None else (None, None)
-        return Here("backward", module, line, forward_index=index, forward_op=op, own_backward=own)
 
 
 def _owner(kind: Any, name: str) -> str:

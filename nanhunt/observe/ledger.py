@@ -15,7 +15,6 @@ NOTE on how a fault is followed.
    the operation's own birth.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,21 +31,19 @@ from nanhunt.observe.finite import (
     unreadable_kind,
     value_facts,
 )
+from nanhunt.observe.journal import Journal
 from nanhunt.observe.memory import NO_BIRTHS, Memory, storage_key
-from nanhunt.observe.op_info import OpTraits, is_deliberate, is_log_of_mask, tensors_in, written
+from nanhunt.observe.op_info import OpTraits, has_nonfinite_number, is_deliberate, is_log_of_mask, tensors_in, written
 from nanhunt.observe.origins import looks_like_mask
 from nanhunt.observe.written_over import was_nonfinite_before
-from nanhunt.records.ops import OpRecord, Sink, StateSource, Trace, ValueFacts
+from nanhunt.records.ops import OpRecord, Sink, StateSource, ValueFacts
 
 # Their values are seen where the inner operations, or the first forward pass, make them.
 _SEEN_LATER = ("tensor of torch.func", "lazy parameter")
 _STATE = ("buffer", "parameter", "optimizer state")
 
-MAX_RECORDS = 20_000
-"""Records kept; more are counted. A step that is wholly NaN propagates through every one of its operations."""
 
-
-class Ledger:
+class Ledger(Journal):
     """Follows non-finite values through the operations it is shown.
 
     Args:
@@ -55,52 +52,29 @@ class Ledger:
 
     Attributes:
         memory: The storages that may hold non-finite values.
-        step: Optimizer step, from 0.
-        micro_step: Part of an accumulated step.
         read_numbers: The non-finite loss that was last read as a number; who reads it may end the step over it.
         held: Sinks that count only if a ``GradScaler`` does not get over them.
         is_scaling: Whether the loss is just being multiplied by its scale.
         is_scaled: Whether it was, in this step.
         scaling: Births of that multiplication.
-        by_hand: Births that reached state or gradients before anything else, so that their operations, if they stand
-            between a backward and the next forward pass, are an update.
         fed: Births that a model was given as its input.
         sent: What collectives were given to carry to other processes since somebody looked.
     """
 
     def __init__(self, places: Places, origin: Callable[[Tensor], Origin]) -> None:
+        super().__init__(places)
         self.memory = Memory()
-        self.step = self.micro_step = 0
-        self.records: list[OpRecord] = []
-        self.sources: list[StateSource] = []
-        self.sinks: list[Sink] = []
-        self.num_dropped = 0
-        self.skipped: Counter[str] = Counter()
         self.read_numbers: dict[str, Sink] = {}
         self.held: list[Sink] = []
         self.is_scaling = self.is_scaled = False
         self.scaling: set[int] = set()
-        self.by_hand: set[int] = set()
         self.fed: set[int] = set()
         self.sent: list[Sink] = []
-        self._places, self._origin = places, origin
+        self._origin = origin
         self._numbers: frozenset[int] = NO_BIRTHS
         self._unused: set[int] = set()
         self._deliberate: set[int] = set()
         self._log_masks: set[int] = set()
-
-    def trace(self, num_ops: int, problems: Iterable[str]) -> Trace:
-        """The records so far."""
-        ops = [replace(r, phase="optimizer") if r.is_between and r.index in self.by_hand else r for r in self.records]
-        return Trace(
-            num_ops=num_ops,
-            ops=tuple(ops),
-            sources=tuple(self.sources),
-            sinks=tuple(self.sinks),
-            num_dropped=self.num_dropped,
-            skipped=tuple(self.skipped.items()),
-            problems=tuple(problems),
-        )
 
     # Before and after an operation.
 
@@ -146,7 +120,8 @@ class Ledger:
         produced = tensors_in(output)
         input_keys = {storage_key(tensor) for tensor in call.inputs}
         shown = {id(tensor) for tensor in call.written}
-        fresh = [t for t in produced if id(t) not in shown and storage_key(t) not in input_keys]
+        is_new = call.traits.renames
+        fresh = [t for t in produced if id(t) not in shown and (is_new or storage_key(t) not in input_keys)]
         results = [*fresh, *call.written]
         if call.traits.is_uninitialised:
             for tensor in results:
@@ -190,15 +165,16 @@ class Ledger:
             self._note_first_use(call.taint & self._unused)
         makes_nan = any(nonfinite_kinds(tensor)[0] for tensor in bad)
         explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
-        if not explained:
+        is_constant = is_deliberate(call.traits.name, call.args, call.kwargs, bad, makes_nan=makes_nan)
+        if not explained and not (is_constant and call.traits.renames):
             explained = self._find_unseen_sources(call, bad, makes_nan=makes_nan)
-        if not explained and self._numbers and is_deliberate(call.args, call.kwargs, makes_nan=makes_nan):
+        if not explained and self._numbers and has_nonfinite_number(call.args, call.kwargs):
             # A number that was read from a tensor has come back.
             call.taint |= self._numbers
             explained = True
         here = self._places.here()
         # A learning rate of infinity is no mask.
-        deliberate = here.phase != "optimizer" and is_deliberate(call.args, call.kwargs, makes_nan=makes_nan)
+        deliberate = here.phase != "optimizer" and is_constant
         if self.is_scaling and not explained:
             self.scaling.add(call.index)
         births = call.taint if explained else self._births_with(call, makes_nan=makes_nan)
@@ -254,7 +230,17 @@ class Ledger:
             here = self._places.seen_from(site)
         else:
             origin = self._origin(tensor)
-        call.taint |= self._add_source(origin, tensor, here, call.index, op)
+            if call.traits.name == "copy_" and call.written and tensor is not call.written[0]:
+                # Loading a checkpoint: what the values are is told by where they go.
+                target = self._origin(call.written[0])
+                origin = target if target.kind in _STATE else origin
+        births = self._add_source(origin, tensor, here, call.index, op)
+        if here.between:
+            self._prepared |= births
+        if call.traits.renames:
+            # Numbers that have just become a tensor: their first use is still to come.
+            self._unused |= births
+        call.taint |= births
         call.saw_nan |= has_nan
         call.saw_inf |= has_inf
 
@@ -343,8 +329,8 @@ class Ledger:
         if births and not self.sinks:
             self.sinks.append(Sink("gradient", f"{type(error).__name__} was raised", ValueFacts((), ""), tuple(births)))
 
-    def refused(self, call: Call) -> None:
-        """An operation that raises over the values it was given is where their births did harm."""
+    def refused(self, call: Call) -> bool:
+        """An operation that raises over the values it was given is where their births did harm, if there are any."""
         births = call.taint
         for tensor in call.inputs:
             known = self.memory.births_of(tensor)
@@ -356,6 +342,12 @@ class Ledger:
             bad = next((tensor for tensor in call.inputs if not is_finite(tensor)), call.inputs[0])
             name = f"refused by {call.traits.full_name}"
             self.sinks.append(Sink("output", name, value_facts(bad), tuple(sorted(births))))
+        return bool(births)
+
+    def end_in_refusal(self, record: OpRecord) -> None:
+        """The loop has ended over a finite matrix that was refused."""
+        self.records.append(record)
+        self.sinks.append(Sink("output", f"refused by {record.op}", ValueFacts((), ""), (record.index,)))
 
     @property
     def has_fault(self) -> bool:
@@ -376,23 +368,3 @@ class Ledger:
         self.scaling &= alive
         self.read_numbers.clear()
         self.sent.clear()
-
-    def _record(self, call: Call, kind: Any, facts: tuple[Any, ...], *, deliberate: bool = False) -> None:
-        # What only passes on leaves room for a birth that comes late.
-        if len(self.records) >= (MAX_RECORDS if kind == "birth" else MAX_RECORDS // 2):
-            self.num_dropped += 1
-            return
-        here = self._places.here()
-        self.records.append(
-            OpRecord(
-                index=call.index,
-                op=call.traits.full_name,
-                kind=kind,
-                deliberate=deliberate,
-                outputs=facts,
-                ingredients=tuple(sorted(call.taint)),
-                step=self.step,
-                micro_step=self.micro_step,
-                **here._asdict(),
-            )
-        )

@@ -12,35 +12,36 @@ NOTE on what counts as harm, and when it is certain.
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves
 
-from nanhunt.observe.collectives import own_part
+from nanhunt.observe.call import Origin
 from nanhunt.observe.exact import ExactTracer
-from nanhunt.observe.finite import list_is_finite, unreadable_kind
+from nanhunt.observe.finite import is_finite, list_is_finite, unreadable_kind
 from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.holders import holder_of, unwrapped
+from nanhunt.observe.known import KnownState
 from nanhunt.observe.modes import untraced
 from nanhunt.observe.patches import Patches
 from nanhunt.observe.scaling import ScalingFollower, is_passed_over
+from nanhunt.observe.values import optimizer_tensors, own_parts, tensors_of
 from nanhunt.records.ops import Sink
 
 Outputs = Literal["auto", "always", "never"]
 
 
-class LoopFollower:
+class LoopFollower(KnownState):
     """Follows a loop through hooks on modules and optimizers, and through stand-ins for what starts a backward pass.
 
     Args:
         tracer: Told of steps, sources and sinks.
         model: The model; None to take the first module with parameters that is called.
-        optimizer: The optimizer whose steps are counted; None for the first that steps.
+        optimizer: The optimizer whose steps are counted, of several the first; None for the first that steps.
         outputs: When the model's output is a sink: ``auto`` without a backward pass, ``always``, ``never``.
         health: Told of steps and optimizers as well; None where nobody asks for finite trouble.
 
@@ -53,20 +54,21 @@ class LoopFollower:
         self,
         tracer: ExactTracer,
         model: nn.Module | None,
-        optimizer: Optimizer | None,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
         outputs: Outputs = "auto",
         health: HealthProbe | None = None,
     ) -> None:
-        self.model = self._called = model
-        self.optimizers: list[Optimizer] = [optimizer] if optimizer is not None else []
+        super().__init__(model, optimizer)
+        self._called = model
         self.notes: Counter[str] = Counter()
         self._tracer, self._ledger = tracer, tracer.ledger
-        self._main, self._outputs, self._health = optimizer, outputs, health
-        self._parameter_names: dict[int, str] = {}
+        self._main = self.optimizers[0] if self.optimizers else None
+        self._outputs, self._health = outputs, health
         self._pending: list[Sink] = []
         self._abandoned: list[Sink] = []
         self._went_backward = False
-        self._is_entered = False
+        self._is_entered = self._is_called = self._has_trained = False
+        self._evaluated: set[int] = set()
         self._fault_step: int | None = None
         self._handles: list[Any] = []
         self._patches = Patches(self._tracer.guarded)
@@ -86,7 +88,7 @@ class LoopFollower:
             register_optimizer_step_post_hook(self._after_step),
         ]
         self._patches.around(torch.autograd, "backward", self._begin_backward, self._end_backward)
-        self._patches.around(torch.autograd, "grad", self._begin_grad, None)
+        self._patches.around(torch.autograd, "grad", self._begin_grad, self._end_grad)
         self._scaling.patch(self._patches)
         return self
 
@@ -97,14 +99,6 @@ class LoopFollower:
         self._handles.clear()
         self._tracer.path.on_enter = self._tracer.path.on_leave = None
         self._tracer.guarded(self._finish)
-
-    def named_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Kind, name and value of every parameter and buffer of the model."""
-        if self.model is not None:
-            for name, parameter in self.model.named_parameters():
-                yield "parameter", name, parameter
-            for name, buffer in self.model.named_buffers():
-                yield "buffer", name, buffer
 
     # Forward.
 
@@ -117,7 +111,7 @@ class LoopFollower:
             self._declare(kind, ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in named))
 
     def _declare(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-        listed = list(_own_parts(named))
+        listed = list(own_parts(named))
         with untraced(), torch.no_grad():
             readable = [tensor for _, tensor in listed if unreadable_kind(tensor) is None]
             if list_is_finite(readable):
@@ -139,19 +133,23 @@ class LoopFollower:
         self._declare_inputs(args, kwargs)
         if is_model:
             self._is_entered = True
-            self._tracer.is_past_backward = False
-            self._tracer.note_driver()
+            self._tracer.places.is_past_backward = self._tracer.places.has_stepped = False
+            self._tracer.places.note_driver()
             if torch.is_grad_enabled():
                 self._begin_part()
+            elif not self._has_trained:
+                # In evaluation a step is a batch: it ends when what was called is called again.
+                if id(module) in self._evaluated:
+                    self._evaluated.clear()
+                    self._end_step()
+                self._evaluated.add(id(module))
 
     def _declare_inputs(self, args: Any, kwargs: Any) -> None:
         named = [(str(position), value) for position, value in enumerate(args)] + list(kwargs.items())
-        tensors = [
-            (f"input {name}", leaf) for name, value in named for leaf in tree_leaves(value) if isinstance(leaf, Tensor)
-        ]
+        tensors = [(f"input {name}", leaf) for name, value in named for leaf in tensors_of(value)]
         self._declare("batch", tensors)
         if self._tracer.is_watchful:
-            self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in _own_parts(tensors)))
+            self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in own_parts(tensors)))
 
     def _on_leave(self, module: nn.Module, output: Any) -> None:
         if self._tracer.is_watchful and self._is_model(module):
@@ -161,7 +159,7 @@ class LoopFollower:
         self._reached("buffer", module.named_buffers())
         if self._outputs == "never":
             return
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        leaves = list(tensors_of(output))
         num_before = len(self._ledger.sinks)
         self._reached("output", [(f"output {number}", leaf) for number, leaf in enumerate(leaves)])
         is_certain = self._outputs == "always" or not torch.is_grad_enabled() or not module.training
@@ -170,9 +168,16 @@ class LoopFollower:
             del self._ledger.sinks[num_before:]
 
     def _is_model(self, module: nn.Module) -> bool:
-        """Whether it is the model, or the part of it that is called, or wraps it."""
+        """Whether it is the model, or the part of it that is called, or wraps it.
+
+        While the model itself was never called, as where it only holds a generator and a discriminator, any part of it
+        that the loop calls is meant.
+        """
         called = self._called
-        return module is called or (called is not None and any(part is called for part in module.modules()))
+        if called is None or module is called or any(part is called for part in module.modules()):
+            self._is_called = self._is_called or called is not None
+            return called is not None
+        return not self._is_called and self._tracer.path.is_part(module)
 
     def _begin_part(self) -> None:
         """A forward pass for training begins: the next step, or the next part of an accumulated one."""
@@ -183,12 +188,15 @@ class LoopFollower:
         if not self._went_backward:
             return
         self._went_backward = False
-        has_gradients = any(parameter.grad is not None for parameter in self._parameters())
+        if self._tracer.is_watchful and not self._ledger.has_fault:
+            # An update by hand is seen here first.
+            self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
+        has_gradients = self.has_gradients()
         if self.optimizers and not has_gradients and self._pending:
             self.notes["steps with non-finite gradients that the loop dropped"] += 1
             self._pending.clear()
         if self.optimizers or has_gradients:
-            self._ledger.micro_step += 1
+            self._ledger.begin_part()
         else:
             self._end_step()
 
@@ -199,9 +207,13 @@ class LoopFollower:
         self._ledger.read_numbers.clear()
         self._ledger.sent.clear()
         self._ledger.memory.last_received = None
-        self._tracer.note_driver()
+        self._tracer.places.note_driver()
+        if not self.optimizers and self._ledger.micro_step and not self.has_gradients():
+            # Gradients were reset between the forward and the backward pass.
+            self._ledger.count_as_step()
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        self._declare_roots(roots)
         if self._tracer.is_watchful:
-            roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
             num_before = len(self._ledger.sinks)
             self._reached("loss", [("loss", root.detach()) for root in roots])
             fresh = self._ledger.sinks[num_before:]
@@ -209,16 +221,24 @@ class LoopFollower:
                 del self._ledger.sinks[num_before:]
                 self._pending += fresh
 
+    def _declare_roots(self, roots: Sequence[Tensor]) -> None:
+        """A loss that is non-finite for no recorded reason was made where nobody looked."""
+        with untraced(), torch.no_grad():
+            for root in roots:
+                known = self._ledger.memory.births_of(root)
+                if not known and unreadable_kind(root) is None and not is_finite(root):
+                    self._ledger.declare(Origin("constant", "loss", phase="forward"), root, self._tracer.places.here())
+
     def _end_backward(self, *args: Any, **kwargs: Any) -> None:
         error = sys.exc_info()[1]
         if error is not None:
             self._ledger.reached_by_error(error)
-        self._went_backward = True
-        self._tracer.is_past_backward = True
+        self._went_backward = self._has_trained = True
+        self._tracer.places.is_past_backward = True
         self._ledger.read_numbers.clear()
-        self._declare_received(self._parameters())
+        self._declare_received(self.parameters())
         if self._tracer.is_watchful:
-            fresh = self._harmed_gradients(self._parameters())
+            fresh = self._harmed_gradients(self.parameters())
             harmed = {birth for sink in fresh for birth in sink.births}
             fresh += [sink for sink in self._ledger.sent if not set(sink.births) <= harmed]
             if self.optimizers:
@@ -231,11 +251,16 @@ class LoopFollower:
         self._abandoned = []
         self._ledger.read_numbers.clear()
 
+    def _end_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Without an optimizer, gradients that are not differentiated again are for an update by hand."""
+        if not self.optimizers and not kwargs.get("create_graph"):
+            self._went_backward = self._tracer.places.is_past_backward = True
+
     def _declare_received(self, parameters: Iterable[Tensor]) -> None:
         """Gradients that a collective may have written are looked at once it must have ended."""
         if self._ledger.memory.received:
             with untraced(), torch.no_grad():
-                given = [part for _, part in _own_parts(("", p.grad) for p in parameters if p.grad is not None)]
+                given = [part for _, part in own_parts(("", p.grad) for p in parameters if p.grad is not None)]
                 if not list_is_finite(given):
                     for gradient in (part for part in given if unreadable_kind(part) is None):
                         self._ledger.declare_received(gradient)
@@ -254,16 +279,7 @@ class LoopFollower:
     def _reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
         """Only memory that is known to be non-finite is looked at."""
         find = self._ledger.memory.find
-        self._tracer.reached(kind, [(name, tensor) for name, tensor in _own_parts(named) if find(tensor) is not None])
-
-    def _parameters(self) -> Iterator[Tensor]:
-        seen: set[int] = set()
-        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        own = list(self.model.parameters()) if self.model is not None else []
-        for parameter in (parameter for part in (own, *groups) for parameter in part):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
+        self._tracer.reached(kind, [(name, tensor) for name, tensor in own_parts(named) if find(tensor) is not None])
 
     # Steps.
 
@@ -272,17 +288,17 @@ class LoopFollower:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._tracer.guarded(self._confirm_gradients, optimizer)
-            self._tracer.set_phase("optimizer")
+            self._tracer.places.phase = "optimizer"
             return None
 
         def followed() -> Any:
-            self._tracer.set_phase("forward")
+            self._tracer.places.phase = "forward"
             value = closure()
             self._tracer.guarded(self._confirm_gradients, optimizer)
-            self._tracer.set_phase("optimizer")
+            self._tracer.places.phase = "optimizer"
             return value
 
-        self._tracer.set_phase("optimizer")
+        self._tracer.places.phase = "optimizer"
         if len(args) > 1:
             return (args[0], followed, *args[2:]), kwargs
         return args, {**kwargs, "closure": followed}
@@ -301,7 +317,7 @@ class LoopFollower:
         if is_passed_over(optimizer):
             return
         if self._health is not None:
-            self._health.before_optimizer_step(optimizer, self._names_of(optimizer))
+            self._health.before_optimizer_step(optimizer, self.names_of(optimizer))
         self._ledger.sinks += self._pending
         self._pending.clear()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -312,17 +328,8 @@ class LoopFollower:
             self._ledger.by_hand |= {birth for sink in fresh for birth in sink.births} - known
             self._ledger.sinks += fresh
 
-    def _names_of(self, optimizer: Optimizer) -> dict[int, str]:
-        """Names of the model's parameters by identity, worked out anew when the optimizer holds an unknown one."""
-        if any(id(parameter) not in self._parameter_names for parameter in optimizer.param_groups[-1]["params"]):
-            named = {id(tensor): name for kind, name, tensor in self.named_tensors() if kind == "parameter"}
-            groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            outside = {id(parameter): f"parameter {number}" for number, parameter in enumerate(groups)}
-            self._parameter_names = {**self._parameter_names, **outside, **named}
-        return self._parameter_names
-
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._tracer.set_phase("forward")
+        self._tracer.places.phase = "forward"
         self._tracer.guarded(self._look_at_step, optimizer)
 
     def _look_at_step(self, optimizer: Optimizer) -> None:
@@ -332,7 +339,7 @@ class LoopFollower:
             self._reached("parameter", [(names.get(id(p), "a parameter"), p.detach()) for p in parameters])
             self._reached("optimizer state", optimizer_tensors(self.model, optimizer))
         if self._health is not None:
-            self._health.after_optimizer_step(optimizer, self._names_of(optimizer))
+            self._health.after_optimizer_step(optimizer, self.names_of(optimizer))
         self._scaling.note_step(optimizer)
         if optimizer is self._main:
             self._end_step()
@@ -357,9 +364,10 @@ class LoopFollower:
         self._ledger.micro_step = 0
         self._went_backward = False
         self._ledger.is_scaled = False
+        self._tracer.places.has_stepped = True
         if not self._is_entered:
             # Without modules nothing else tells where the next step begins.
-            self._tracer.is_past_backward = False
+            self._tracer.places.is_past_backward = False
         self._tracer.end_step()
         if self._health is not None:
             self._tracer.guarded(self._health.begin_step, self._ledger.step)
@@ -368,22 +376,8 @@ class LoopFollower:
         """The loop has ended: what was not dealt with counts."""
         self._ledger.sinks += self._pending
         self._pending.clear()
-        if not self._tracer.is_past_backward:
+        if not self._tracer.places.is_past_backward:
             self._ledger.sinks += list(self._ledger.read_numbers.values()) or self._abandoned
         if self._tracer.is_watchful:
             self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
             self._reached("buffer", [(name, tensor) for kind, name, tensor in self.named_tensors() if kind == "buffer"])
-
-
-def _own_parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """What of the tensors lies in this process."""
-    return ((name, part) for name, tensor in named if (part := own_part(tensor)) is not None)
-
-
-def optimizer_tensors(model: nn.Module | None, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the optimizer's state as ``exp_avg of encoder.0.weight``."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()} if model is not None else {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value

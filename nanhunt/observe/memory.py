@@ -51,6 +51,20 @@ class Memory:
         """What is known of the tensor's memory; None if it is not known to be tainted."""
         return self.tainted.get(storage_key(tensor))
 
+    def is_touched_by(self, args: Any, kwargs: Any) -> bool:
+        """Whether the memory of any argument is tainted; true as well where an argument has none to ask for."""
+        tainted = self.tainted
+        try:
+            for value in args:
+                if isinstance(value, Tensor):
+                    if value.untyped_storage()._cdata in tainted:
+                        return True
+                elif isinstance(value, list | tuple) and value and self.is_touched_by(value, None):
+                    return True
+            return bool(kwargs) and self.is_touched_by(kwargs.values(), None)
+        except (NotImplementedError, RuntimeError):
+            return True
+
     def births_of(self, tensor: Tensor) -> frozenset[int]:
         """The births that the tensor's memory may hold."""
         state = self.tainted.get(storage_key(tensor))

@@ -4,7 +4,6 @@ Hooks would change the program: with any hook on a module ``nn.TransformerEncode
 for all modules a compiled module warns and calls them twice, and neither kind is called when a forward ends in Ctrl-C.
 """
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nanhunt.observe.compiled import code_of, keep_uncompiled
+from nanhunt.observe.compiled import code_of
+from nanhunt.observe.patches import StandIn
 from nanhunt.observe.source import LIBRARY, USERS, Place, kind_of, user_place
 
 
@@ -43,7 +43,6 @@ class ModulePath:
         self._names: dict[int, str] = {}
         self._owners: dict[int, str] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
-        self._original: Any = None
         self._boundary: CodeType | None = None
         if root is not None:
             self.name_modules(root)
@@ -73,19 +72,22 @@ class ModulePath:
         """Whether the module has a name."""
         return id(module) in self._names
 
+    def is_part(self, module: nn.Module) -> bool:
+        """Whether it belongs to the model itself, whose modules are shown without angle brackets."""
+        return not self._names.get(id(module), "<").startswith("<")
+
     def module_of(self, tensor: Tensor | None) -> str:
         """Path of the module that owns the parameter or buffer; '' if none is known to."""
         return self._owners.get(id(tensor), "")
 
     def __enter__(self) -> Self:
-        original = self._original = nn.Module.__call__
+        place = self._place = StandIn(nn.Module, "__call__")
         names, thread = self._names, threading.get_ident()
 
-        @functools.wraps(original)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or not place.is_on:
                 # Modes do not reach into other threads, so nothing of theirs is seen.
-                return original(module, *args, **kwargs)
+                return place.inner(module, *args, **kwargs)
             before, was_outside, called_from = self.current, self.is_outside, self.called_from
             if was_outside and self.on_enter is not None and torch._C._current_autograd_node() is None:
                 self.on_enter(module, args, kwargs)
@@ -94,7 +96,7 @@ class ModulePath:
             self.is_outside = False
             self.called_from = None
             try:
-                output = original(module, *args, **kwargs)
+                output = place.inner(module, *args, **kwargs)
             finally:
                 self.current, self.is_outside, self.called_from = before, was_outside, called_from
             if self.on_output is not None:
@@ -104,13 +106,12 @@ class ModulePath:
                 self.on_leave(module, output)
             return output
 
+        place.put(call)
         self._boundary = code_of(call)
-        keep_uncompiled(self._boundary)
-        nn.Module.__call__ = call  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        nn.Module.__call__ = self._original  # type: ignore[method-assign]
+        self._place.leave()
         self.current, self.is_outside, self.called_from = "", True, None
 
     def place(self, frame: FrameType | None) -> Place:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ _UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empt
 # what is bounded by its argument or by 1; comparisons and counts.
 _MOVES_OR_BOUNDS = """
 alias as_strided as_strided_ clone contiguous detach detach_ diagonal diagonal_scatter expand expand_as flatten lift
-lift_fresh lift_fresh_copy movedim narrow permute reshape _reshape_alias _reshape_copy select select_scatter slice
+movedim narrow permute reshape _reshape_alias _reshape_copy select select_scatter slice
 slice_scatter split split_with_sizes squeeze squeeze_ swapaxes t t_ transpose transpose_ unbind unfold unflatten
 unsqueeze unsqueeze_ view view_as view_as_complex view_as_real _unsafe_view real imag _conj _conj_physical
 resolve_conj resolve_neg _neg_view conj_physical set_
@@ -28,18 +29,17 @@ pixel_unshuffle channel_shuffle masked_select masked_scatter tril triu tril_ tri
 _pack_padded_sequence _pad_packed_sequence nonzero upsample_nearest1d upsample_nearest2d reflection_pad1d
 reflection_pad2d replication_pad1d replication_pad2d
 zeros zeros_like ones ones_like zero_ new_zeros new_ones eye arange rand rand_like randn randn_like randint
-randint_like randperm bernoulli bernoulli_ multinomial uniform_ normal_ normal random_ linspace _foreach_zero_
-abs neg sign sgn relu relu_ relu6 hardtanh hardtanh_ sigmoid sigmoid_ tanh tanh_ sin cos atan erf gelu gelu_
-leaky_relu leaky_relu_ elu silu silu_ hardswish hardsigmoid threshold threshold_ threshold_backward
-hardtanh_backward leaky_relu_backward sigmoid_backward tanh_backward floor ceil round trunc frac heaviside max min
-amax amin aminmax maximum minimum fmax fmin sort topk kthvalue median mode argmax argmin argsort where
-_foreach_maximum_ _foreach_maximum _foreach_neg _foreach_lerp_ lerp lerp_ _foreach_abs _foreach_sign
+randint_like randperm bernoulli bernoulli_ multinomial random_ _foreach_zero_
+neg sign sgn relu relu_ relu6 sigmoid sigmoid_ tanh tanh_ sin cos atan erf gelu gelu_
+hardsigmoid threshold_backward
+sigmoid_backward tanh_backward floor ceil round trunc frac max min
+amax amin aminmax sort topk kthvalue median mode argmax argmin argsort
+_foreach_neg _foreach_sign
 max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
 eq ne lt le gt ge logical_and logical_or logical_not logical_xor isnan isinf isfinite isposinf isneginf any all
 bitwise_and bitwise_or bitwise_not bitwise_xor count_nonzero searchsorted bucketize bincount
 unique _unique2 _record_function_enter_new _record_function_exit _record_function_enter
-_local_scalar_dense is_same_size equal size stride numel sym_size
-"""
+_local_scalar_dense is_same_size equal size stride numel sym_size"""
 _CANNOT_CREATE = frozenset(_MOVES_OR_BOUNDS.split())
 
 # Conversions: what they can create depends on the types.
@@ -52,6 +52,19 @@ _OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "n
 # the statistics and of the training flag.
 _BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 _STATISTICS, _TRAINING = slice(3, 5), 5
+
+# A tensor made of Python numbers is seen for the first time here; its memory is not new.
+_RENAMES = {"lift_fresh", "lift_fresh_copy"}
+
+# Operations that put a constant where they are told to; others compute with it.
+_PLACES_CONSTANTS = frozenset(
+    f"{name}{in_place}"
+    for name in (
+        *("masked_fill", "fill", "full", "full_like", "new_full", "scalar_tensor", "constant_pad_nd", "scatter"),
+        *("index_fill", "where", "fill_diagonal", "threshold", "clamp", "clamp_min", "clamp_max", "lift_fresh"),
+    )
+    for in_place in ("", "_")
+)
 
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 # Of these namespaces, what receives nothing: the end of a collective that was begun before, and what only sends.
@@ -69,6 +82,8 @@ class OpTraits:
         name: ``div_`` for ``aten.div_.Tensor``.
         full_name: ``aten::div_``.
         creates: Whether a non-finite value can come out of finite ones.
+        renames: Whether its result is the memory of its argument, but with other values or seen for the first time.
+        writes_beside: Whether it writes to more than what it returns.
         shrinks: Whether it multiplies by a plain number, so that nothing can come of it if that number is at most 1.
         converts: Whether that depends on the types.
         writes: Positions and names of the arguments it writes to.
@@ -83,6 +98,8 @@ class OpTraits:
     name: str
     full_name: str
     creates: bool
+    renames: bool
+    writes_beside: bool
     shrinks: bool
     converts: bool
     writes: tuple[tuple[int, str], ...]
@@ -117,6 +134,9 @@ def _worked_out(func: Any) -> OpTraits:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     is_aten = namespace in ("aten", "prim", "profiler", "")
+    is_harmless = is_aten and (name in _CANNOT_CREATE or name in _CONVERSIONS or name in _UNINITIALISED)
+    has_out = any(is_out for *_, is_out in written)
+    is_reinterpreting = name == "view" and getattr(func, "_overloadname", "") == "dtype"
     is_quiet = namespace in _COLLECTIVES and name in _RECEIVES_NOTHING
     is_collective = namespace in _COLLECTIVES and not is_quiet
     if is_collective and not written:
@@ -124,8 +144,9 @@ def _worked_out(func: Any) -> OpTraits:
     return OpTraits(
         name=name,
         full_name=op_name(func),
-        creates=not is_quiet
-        and not (is_aten and (name in _CANNOT_CREATE or name in _CONVERSIONS or name in _UNINITIALISED)),
+        creates=not is_quiet and (not is_harmless or has_out or is_reinterpreting),
+        renames=name in _RENAMES or is_reinterpreting,
+        writes_beside=name in _BATCH_NORMS or (bool(written) and not _returns_what_it_writes(schema, len(written))),
         shrinks=_shrinks(func, name),
         converts=is_aten and name in _CONVERSIONS,
         writes=tuple((position, argument) for position, argument, _ in written),
@@ -145,6 +166,12 @@ def _received(namespace: str, name: str, schema: Any) -> list[tuple[int, str, bo
     if outputs or namespace != "c10d":
         return outputs
     return [(0, names[0][1], name.startswith("recv"))]
+
+
+def _returns_what_it_writes(schema: Any, num_written: int) -> bool:
+    """Whether the one result is the one argument written to."""
+    returned = schema.returns
+    return num_written == 1 and len(returned) == 1 and returned[0].alias_info is not None
 
 
 def _shrinks(func: Any, name: str) -> bool:
@@ -228,10 +255,32 @@ def _largest(dtype: torch.dtype) -> float:
     )
 
 
-def is_deliberate(args: Any, kwargs: Any, *, makes_nan: bool) -> bool:
-    """Whether a plain number among the arguments accounts for the result: NaN for NaN, an infinity for infinities."""
+def is_deliberate(name: str, args: Any, kwargs: Any, bad: Sequence[Tensor], *, makes_nan: bool) -> bool:
+    """Whether a plain number among the arguments was put into the result on purpose.
+
+    NaN accounts for NaN, an infinity for infinities; a sum with -inf is a mask if it gives nothing else.
+
+    Args:
+        name: Name of the operation.
+        args: Its positional arguments.
+        kwargs: Its others.
+        bad: Its non-finite results.
+        makes_nan: Whether NaN is among them.
+    """
+    if name.startswith("lift_fresh"):
+        return not makes_nan and all(tensor.numel() == 1 for tensor in bad)
     constants = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float) and not math.isfinite(leaf)]
-    return any(math.isnan(constant) or not makes_nan for constant in constants)
+    if not any(math.isnan(constant) or not makes_nan for constant in constants):
+        return False
+    if name in _PLACES_CONSTANTS:
+        return True
+    is_sum = name.rstrip("_") in ("add", "sub", "rsub")
+    return is_sum and not makes_nan and all(bool((tensor < torch.inf).all()) for tensor in bad)
+
+
+def has_nonfinite_number(args: Any, kwargs: Any) -> bool:
+    """Whether a plain number among the arguments is NaN or infinite."""
+    return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
 
 
 def is_log_of_mask(name: str, args: Any) -> bool:

@@ -14,9 +14,6 @@ from nanhunt.records.ops import OpRecord, Sink
 COLLAPSED_SCALE = 1e-4
 """A loss scale below which half precision gains nothing from it."""
 
-_MANY_SKIPS = 3
-"""Steps in a row that no scale can help."""
-
 
 class ScalingFollower:
     """Follows every ``GradScaler`` of the loop.
@@ -73,7 +70,7 @@ class ScalingFollower:
         self._num_skips += 1
         self._ledger.held += self._pending
         self._pending.clear()
-        if self._num_skips >= _MANY_SKIPS and self._is_beyond_scaling():
+        if self._is_beyond_scaling():
             self._ledger.sinks += self._ledger.held
         if not self._num_stepped:
             self._skipped(optimizer)

@@ -154,6 +154,11 @@ def is_users_function(node: Any) -> bool:
     return function is not None and function.__module__.partition(".")[0] != "torch"
 
 
+def function_name(node: Any) -> str:
+    """Name of the ``autograd.Function`` whose backward the node runs."""
+    return node._forward_cls.__name__
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardSite:
     """Where a forward operation ran; what its backward operations are attributed to."""

@@ -74,7 +74,8 @@ class OpRecord:
         ingredients: Indices of earlier births whose infinities went in.
         recomputed: Whether it ran while a checkpointed forward was recomputed.
         own_backward: The line it ran at, where an ``autograd.Function`` of the user's has a backward of its own.
-        is_between: Whether it ran outside modules between a backward pass and the next forward pass.
+        between: Whether it ran outside modules between a backward pass and the next forward pass, and on which side of
+            the optimizer step.
         step: Optimizer step it ran in, as far as the observer counts them.
         micro_step: Part of an accumulated step.
     """
@@ -92,7 +93,7 @@ class OpRecord:
     ingredients: tuple[int, ...] = ()
     recomputed: bool = False
     own_backward: SourceLine | None = None
-    is_between: bool = False
+    between: Literal["", "before the step", "after the step"] = ""
     step: int = 0
     micro_step: int = 0
 
@@ -187,13 +188,21 @@ class Trace:
         the first looked at comes first.
         """
         reached = {birth for sink in self.sinks for birth in sink.births}
-        found: list[tuple[tuple[bool, int, int, int], OpRecord | StateSource]] = [
-            ((source.deliberate, source.step, source.found_at, -source.index), source)
+        deliberate = {source.index for source in self.sources if source.deliberate}
+        deliberate |= {record.index for record in self.ops if record.deliberate}
+        # A constant that is the whole of a non-finite loss is no mask.
+        harmful = {
+            b for sink in self.sinks if sink.kind == "loss" and deliberate.issuperset(sink.births) for b in sink.births
+        }
+        deliberate -= harmful
+        found: list[tuple[tuple[bool, int, int, bool, int], OpRecord | StateSource]] = [
+            # A source that is met by the operation that makes NaN of it goes before that operation.
+            ((source.index in deliberate, source.step, source.found_at, False, -source.index), source)
             for source in self.sources
             if source.index in reached
         ]
         found += [
-            ((record.deliberate, record.step, record.index, 0), record)
+            ((record.index in deliberate, record.step, record.index, True, record.index), record)
             for record in self.ops
             if record.kind == "birth" and record.index in reached
         ]

@@ -17,8 +17,8 @@ def _judge(case: Case) -> Judgement | None:
     if case.op is None or case.op.phase != "backward":
         return None
     facts = case.op.outputs[0]
-    of = f", differentiating {case.op.forward_op}" if case.op.forward_op else ""
-    message = f"{case.op.op}{of}, gave {describe(facts)} from {origin(case.op)}"
+    of = f", differentiating {case.op.forward_op}," if case.op.forward_op else ""
+    message = f"{case.op.op}{of} gave {describe(facts)} from {origin(case.op)}"
     return Judgement(message, evidence={"num_nonfinite": facts.num_nonfinite, "num_elements": facts.num_elements})
 
 

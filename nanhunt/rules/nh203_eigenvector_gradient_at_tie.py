@@ -42,7 +42,7 @@ def _judge(case: Case) -> Judgement | None:
     more = f" and {len(spectrum.rows) - 6} more" if len(spectrum.rows) > 6 else ""
     where = f"matrix {spectrum.matrix_index:,} of {spectrum.num_matrices:,}"
     return Judgement(
-        f"{noun} gap 0 at {where}, rows {rows}{more} tied",
+        f"{noun} gap 0 at {where}" + (f", rows {rows}{more} tied" if rows else ""),
         evidence={
             "matrix_position": list(spectrum.matrix_position),
             "tied_positions": list(group),

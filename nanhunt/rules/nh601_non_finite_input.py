@@ -19,8 +19,9 @@ def _judge(case: Case) -> Judgement | None:
     source = case.offender
     if not isinstance(source, StateSource) or source.kind != "batch":
         return None
+    name = source.name or "a tensor that no variable names"
     return Judgement(
-        f"{source.name} holds {describe(source.facts)}, first at {list(source.first_index)}",
+        f"{name} holds {describe(source.facts)}, first at {list(source.first_index)}",
         evidence={"num_nonfinite": source.facts.num_nonfinite, "first_position": list(source.first_index)},
         help=("look at how this sample was read; refuse or repair it there",),
     )

@@ -64,6 +64,15 @@ def first_shard_fault(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
     return model(x).mean()
 
 
+MASKS: list[Tensor] = []
+"""A mask that stays in memory: nothing is taken for finite without a look while it is there."""
+
+
+def masked_backward_fault(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
+    MASKS[:] = [torch.full((2,), -torch.inf)]
+    return backward_fault(model, x, is_bad)
+
+
 def steep(model: nn.Module, x: Tensor, is_bad: bool) -> Tensor:
     return model(x).mean() * (2.0**120 if is_bad else 1.0)
 
@@ -135,7 +144,9 @@ def train(
                 with no_sync(model, micro_step) if num_micro_steps > 1 else contextlib.nullcontext():
                     loss = loss_of(model, x, is_bad)
                     scaler.scale(loss).backward()  # mark: backward call
-            if reduces:
+            if reduces == "weights":
+                send_weights(model)
+            elif reduces:
                 all_reduce_gradients(model, reduces)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0) if clips else torch.zeros(())
             if not drops or bool(getattr(norm, "full_tensor", lambda: norm)().isfinite()):  # noqa: B023
@@ -178,6 +189,14 @@ def all_reduce_gradients(model: nn.Module, how: str) -> None:
     dist.all_reduce(flat)  # mark: flat
     for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_((piece / 2).view_as(gradient))
+
+
+@torch.no_grad()
+def send_weights(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        sent = parameter.clone()
+        dist.broadcast(sent, 1)  # mark: broadcast
+        parameter.copy_(sent)
 
 
 def reported(report: Report) -> dict[str, Any]:
@@ -257,6 +276,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "ddp compressed alone": {"wrap": compressed, "loss_of": backward_fault, "bad_rank": 1},
     "reduced by hand alone": {"wrap": plain, "loss_of": backward_fault, "bad_rank": 1, "reduces": "each"},
     "flat alone": {"wrap": plain, "loss_of": backward_fault, "bad_rank": 1, "reduces": "flat"},
+    "weights alone": {"wrap": plain, "loss_of": forward_fault, "spoiled": (1,), "reduces": "weights"},
+    "fsdp masked alone": {"wrap": fsdp, "loss_of": masked_backward_fault, "bad_rank": 1},
     "fsdp alone": {"wrap": fsdp, "loss_of": backward_fault, "bad_rank": 1},
     "fsdp nan weight alone": {"wrap": fsdp, "loss_of": forward_fault, "spoiled": (1,)},
 }
@@ -264,8 +285,8 @@ ALONE: dict[str, dict[str, Any]] = {
 
 
 def run(name: str, folder: Path) -> Iterator[tuple[str, Any]]:
-    if name == "watched":
-        yield name, watched(folder)
+    if name in WATCHED:
+        yield name, watched(WATCHED[name], folder)
     elif name == "raises":
         yield name, train(ddp(), raises, bad_rank=1, observe=patient(1.0))
     elif name == "destroyed":
@@ -284,7 +305,10 @@ def patient(seconds: float) -> Any:
     return functools.partial(nanhunt.trace, ranks_timeout_s=seconds)
 
 
-def watched(folder: Path) -> dict[str, Any]:
+WATCHED = {"watched": ddp(), "watched in shards": fsdp}
+
+
+def watched(wrap: Callable[[nn.Module], nn.Module], folder: Path) -> dict[str, Any]:
     watches = []
 
     def observe(model: nn.Module, optimizer: Any) -> Any:
@@ -293,10 +317,12 @@ def watched(folder: Path) -> dict[str, Any]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(ddp(), backward_fault, bad_rank=1, observe=observe)
+        ran = train(wrap, backward_fault, bad_rank=1, observe=observe)
     return {
+        "error": ran["error"],
         "messages": [fault.message for fault in watches[0].faults],
-        "files": [fault.capture.name for fault in watches[0].faults],
+        "files": [fault.capture.name for fault in watches[0].faults if fault.capture is not None],
+        "problems": [fault.problem for fault in watches[0].faults],
         "warnings": [str(warning.message) for warning in caught],
     }
 
@@ -317,4 +343,4 @@ def main(rank: int, rendezvous: str, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:] or [*SCENARIOS, "watched", *ALONE, "destroyed"])
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:] or [*SCENARIOS, *WATCHED, *ALONE, "destroyed"])

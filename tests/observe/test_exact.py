@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanhunt.observe import exact, ledger
+from nanhunt.observe import exact, journal
 from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.op_info import FocusReached
 from nanhunt.records.ops import OpRecord, StateSource, Trace
@@ -138,7 +138,7 @@ BACKWARD_BIRTHS = {
     "root at zero": ("aten::sqrt", lambda x: x.sqrt()),  # mark: root at zero
     "untaken branch": ("aten::log", lambda x: torch.where(x > 0, x.log(), 0.0)),  # mark: untaken branch
     "tied eigenvectors": ("aten::_linalg_eigh", eigenvectors),
-    "infinite gradient": ("aten::mul", _InfiniteGradient.apply),
+    "infinite gradient": ("_InfiniteGradient", _InfiniteGradient.apply),
     "root of a square": ("aten::sqrt", lambda x: x.square().sum().sqrt()),  # mark: root of a square
 }
 
@@ -570,7 +570,7 @@ def test_number_of_problems_is_bounded(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_records_are_bounded_and_the_rest_is_counted(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ledger, "MAX_RECORDS", 10)
+    monkeypatch.setattr(journal, "MAX_RECORDS", 10)
     tracer = ExactTracer()
 
     with tracer:
@@ -585,7 +585,7 @@ def test_records_are_bounded_and_the_rest_is_counted(monkeypatch: pytest.MonkeyP
 
 
 def test_a_late_birth_is_kept_when_what_passes_on_fills_the_records(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ledger, "MAX_RECORDS", 10)
+    monkeypatch.setattr(journal, "MAX_RECORDS", 10)
 
     def loss() -> Tensor:
         mask = torch.full((2,), -INF)

@@ -1,0 +1,46 @@
+"""The tensors in what a program passes around: arguments, outputs, optimizer state."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nanhunt.observe.collectives import own_part
+
+MAX_DEPTH = 4
+"""How deep containers and objects are opened."""
+
+
+def tensors_of(value: Any, depth: int = MAX_DEPTH) -> Iterator[Tensor]:
+    """The tensors in containers, dataclasses and plain objects; modules are not opened."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, nn.Module | str | bytes | type):
+        for part in _parts(value):
+            yield from tensors_of(part, depth - 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return value
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return list(vars(value).values()) if hasattr(value, "__dict__") and not callable(value) else ()
+
+
+def own_parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """What of the tensors lies in this process."""
+    return ((name, part) for name, tensor in named if (part := own_part(tensor)) is not None)
+
+
+def optimizer_tensors(model: nn.Module | None, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the optimizer's state as ``exp_avg of encoder.0.weight``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()} if model is not None else {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value
