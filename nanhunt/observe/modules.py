@@ -27,6 +27,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from nanhunt.observe.finite import is_finite
@@ -94,6 +95,9 @@ class ModuleTracer:
         self._step.is_open = False
         for handle in (*self._handles, *self._step.handles):
             handle.remove()
+        for handle in self._handles:
+            # remove() of torch 2.13 leaves this entry behind, and with it the warning about hooks of all modules.
+            torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
         self._handles.clear()
 
     def begin_step(self) -> None:

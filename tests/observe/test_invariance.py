@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from observers import OBSERVERS, Observed, Observer, unobserved
-from surroundings import bits, differences, generators
+from surroundings import bits, differences, generators, process
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
@@ -20,32 +20,12 @@ from zoo_run import run, run_of
 
 import nanhunt
 
-WATCHES, TRACERS = ("watch", "watch-trace-finite"), ("trace", "focused")
 BITS, COMPLAINTS, LEFT = "bits", "complaints", "left"
 EVERYTHING = (BITS, COMPLAINTS, LEFT)
 
-_CRASH = "Tensor.register_hook crashes the process on a view whose base was written to (pytorch#196459)"
-_HOOKED = "the module tracer leaves its tensor hooks on parameters that are a module's input, three more each step"
-_LAZY = "parameters and buffers of lazy layers are read, which have no values before the first forward"
-_INFERENCE = "the watch asks for the version of a tensor from inference mode, which has none"
 _MODE = "what is looked up when a module is called runs under the loop's own function mode"
-_COPIED = "copies of the model made in the loop carry hooks of the watch, and a copy of the watch with all it holds"
-_SAVED = "a model with the hooks of a watch cannot be pickled"
-_FUSED = "with hooks on its layers nn.TransformerEncoder leaves the fused path, and evaluation differs in its last bits"
 
-KNOWN: dict[tuple[str, str, str], str] = {
-    **{(what, "stale-view-as-input", "watch-trace-finite"): _CRASH for what in EVERYTHING},
-    **{(what, "stale-view-as-output", watch): _CRASH for what in EVERYTHING for watch in WATCHES},
-    **{(what, "lazy-layers", observer): _LAZY for what in EVERYTHING for observer in WATCHES},
-    **{(what, "input-from-inference-mode", watch): _INFERENCE for what in EVERYTHING for watch in WATCHES},
-    **{(BITS, "function-mode", observer): _MODE for observer in WATCHES},
-    (BITS, "fused-encoder", "watch-trace-finite"): _FUSED,
-    **{(LEFT, "deepcopy-in-loop", watch): _COPIED for watch in WATCHES},
-    **{(what, "saved-whole-in-loop", watch): _SAVED for what in EVERYTHING for watch in WATCHES},
-    (LEFT, "parameter-as-input", "watch-trace-finite"): _HOOKED,
-    (LEFT, "spectral-norm", "watch-trace-finite"): _HOOKED,
-    (LEFT, "weight-norm", "watch-trace-finite"): _HOOKED,
-}
+KNOWN: dict[tuple[str, str, str], str] = {(BITS, "function-mode", "watch-trace-finite"): _MODE}
 """What is not as it should be: what of it, the animal, the observer, and why."""
 
 
@@ -59,7 +39,7 @@ def every_run(what: str) -> pytest.MarkDecorator:
 
 def _marks(what: str, name: str, observer: str) -> list[pytest.MarkDecorator]:
     reason = KNOWN.get((what, name, observer))
-    return [pytest.mark.xfail(strict=True, run=reason != _CRASH, reason=reason)] if reason else []
+    return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
 
 
 @every_run(BITS)
@@ -135,23 +115,24 @@ def test_one_watch_can_be_entered_twice(tmp_path: Path):
     assert not watch.faults
 
 
-@pytest.mark.xfail(strict=True, reason="each watch puts back what stood in torch.autograd when it began")
-def test_watches_on_two_models_can_end_in_the_order_they_began(tmp_path: Path):
-    backward = torch.autograd.backward
-    first, second = (ZOO["mlp"].begin(seed) for seed in (1, 2))
-    watches = [nanhunt.watch(each.model, each.optimizer, out_dir=tmp_path) for each in (first, second)]
+@pytest.mark.parametrize(
+    "names",
+    [("watch", "watch"), ("trace", "watch"), ("watch", "trace"), ("watch-trace-finite", "watch")],
+    ids="-then-".join,
+)
+def test_observers_of_two_models_can_end_in_the_order_they_began(names: tuple[str, str], tmp_path: Path):
+    before = process()
+    runs = [ZOO["mlp"].begin(seed) for seed in (1, 2)]
+    observers = [OBSERVERS[name](each.model, each.optimizer, tmp_path) for name, each in zip(names, runs, strict=True)]
 
-    for watch in watches:
-        watch.__enter__()
-    try:
-        for each in (first, second):
-            ZOO["mlp"].step(each, ZOO["mlp"].batch(0))
-    finally:
-        for watch in watches:
-            watch.__exit__(None, None, None)
-        left, torch.autograd.backward = torch.autograd.backward, backward
+    for observer in observers:
+        observer.__enter__()
+    for number, observer in enumerate(observers):
+        for each in runs:
+            ZOO["mlp"].step(each, ZOO["mlp"].batch(number))
+        observer.__exit__(None, None, None)
 
-    assert left is backward
+    assert differences(process(), before) == []
 
 
 @pytest.mark.parametrize("on_fault", ["skip", "record"])
