@@ -12,6 +12,7 @@ from nanhunt.errors import CaptureError, NanhuntError, NonFiniteStep, TargetErro
 if TYPE_CHECKING:
     from nanhunt.capture.format import Capture, read_capture
     from nanhunt.capture.watch import Fault, Watch, watch
+    from nanhunt.compare import Comparison, compare_compiled
     from nanhunt.experiments.replay import replay
     from nanhunt.hunt import Hunt, trace
 
@@ -22,6 +23,8 @@ _LAZY = {
     "Fault": "nanhunt.capture.watch",
     "Watch": "nanhunt.capture.watch",
     "watch": "nanhunt.capture.watch",
+    "Comparison": "nanhunt.compare",
+    "compare_compiled": "nanhunt.compare",
     "replay": "nanhunt.experiments.replay",
     "Hunt": "nanhunt.hunt",
     "trace": "nanhunt.hunt",
@@ -30,12 +33,14 @@ _LAZY = {
 __all__ = [
     "Capture",
     "CaptureError",
+    "Comparison",
     "Fault",
     "Hunt",
     "NanhuntError",
     "NonFiniteStep",
     "TargetError",
     "Watch",
+    "compare_compiled",
     "read_capture",
     "replay",
     "trace",

@@ -25,6 +25,8 @@ from nanhunt.observe.patches import StandIn
 _EVAL_FRAME = "torch._dynamo.eval_frame"
 # What a compiled function is to whoever calls it.
 _COMPILE_WRAPPER = "compile_wrapper"
+# What torch puts around a module of its own, and around what is no function.
+_WRAPPER_OF_CALLABLES = "wrap_inline.<locals>.inner"
 
 
 class AsWritten:
@@ -148,13 +150,11 @@ def _is_in_compiled_region(frame: FrameType | None) -> bool:
 
 def name_of(function: Any) -> str:
     """What to call a compiled function; a module goes by its class, and what torch compiles for itself by nothing."""
-    # torch puts a closure around a module of its own.
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    for owner in (getattr(function, "__self__", None), *cells):
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    if name == _WRAPPER_OF_CALLABLES:
+        return name_of(function.__closure__[0].cell_contents)
+    for owner in (function, getattr(function, "__self__", None)):
         if isinstance(owner, nn.Module):
             return type(owner).__name__
-    if function is None:
-        return "a region"
-    name: str = getattr(function, "__qualname__", type(function).__name__)
     is_torchs = (getattr(function, "__module__", "") or "").partition(".")[0] == "torch"
     return "" if is_torchs and name.rpartition(".")[2].startswith("_") else name

@@ -76,7 +76,7 @@ def stand_in_for_backward(before: Callable[[Any], None], after: Callable[[], Non
         if not place.is_on:
             return place.inner(tensors, *args, **kwargs)
         # An iterator can be gone through only once.
-        roots = tensors if isinstance(tensors, Tensor | list | tuple) else (list(tensors), tensors)[1]
+        roots = tensors if isinstance(tensors, Tensor | list | tuple) else tuple(tensors)
         before(roots)
         result = place.inner(roots, *args, **kwargs)
         after()

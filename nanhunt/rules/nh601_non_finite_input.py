@@ -22,7 +22,11 @@ def _judge(case: Case) -> Judgement | None:
     name = source.name or "a tensor that no variable names"
     return Judgement(
         f"{name} holds {describe(source.facts)}, first at {list(source.first_index)}",
-        evidence={"num_nonfinite": source.facts.num_nonfinite, "first_position": list(source.first_index)},
+        evidence={
+            "num_nonfinite": source.facts.num_nonfinite,
+            "first_position": list(source.first_index),
+            **({"sample": source.first_index[0]} if len(source.first_index) > 1 else {}),
+        },
         help=("look at how this sample was read; refuse or repair it there",),
     )
 
