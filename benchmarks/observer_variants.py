@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from observer_models import Workload
+from observer_native import looking_natively, native
 
 import nanhunt
 
@@ -181,12 +182,25 @@ class MsprobeMonitor(Observer):
         monitor.set_monitor(work.model, work.optimizer, grad_acc_steps=1)
 
 
+class NativeFloor(Observer):
+    """A C++ callback that only looks: what an observer outside Python could not go below."""
+
+    package = "ninja"
+
+    def prepare(self, work: Workload) -> None:  # noqa: D102
+        native()
+
+    def around(self, work: Workload) -> AbstractContextManager[Any]:  # noqa: D102
+        return looking_natively()
+
+
 OBSERVERS: dict[str, Callable[[Path], Observer]] = {
     "untraced": Untraced,
     "untraced again": Untraced,
     "sentinel": Sentinel,
     "module tracer": ModuleTracer,
     "exact tracer": Exact,
+    "native floor": NativeFloor,
     "detect_anomaly": DetectAnomaly,
     "DebugMode": DebugMode,
     "transformers": UnderflowOverflow,

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from nanhunt.cli import replay, rules
+from nanhunt.cli import replay, rules, run
 from nanhunt.errors import NanhuntError, first_line
 
 GROUP = "nanhunt.commands"
@@ -36,6 +36,7 @@ def _load(point: EntryPoint) -> Callable[..., None]:
         return unusable
 
 
+app.command("run", context_settings=run.SETTINGS)(run.run)
 app.command("replay")(replay.replay)
 app.command("rules")(rules.rules)
 app.command("explain")(rules.explain)

@@ -169,6 +169,11 @@ class ExactTracer(TorchDispatchMode):
         """Whether any memory is known to hold a non-finite value."""
         return bool(self.ledger.memory.tainted)
 
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether any of it is more than a mask."""
+        return self.ledger.is_suspicious
+
     def end_step(self) -> None:
         """Forgets what can no longer do harm."""
         self.guarded(self.ledger.forget_past)

@@ -34,7 +34,7 @@ def unreadable_kind(tensor: Tensor) -> str | None:
     """Why the values cannot be looked at (meta, nested, compressed sparse), or None if they can."""
     if is_functorch_wrapped_tensor(tensor):
         return "tensor of torch.func"
-    if is_lazy(tensor):
+    if type(tensor) is not Tensor and is_lazy(tensor):
         return "lazy parameter"
     if tensor.is_meta or type(tensor) is FakeTensor:
         return "meta tensor"

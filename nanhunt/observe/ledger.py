@@ -350,6 +350,11 @@ class Ledger(Journal):
         self.sinks.append(Sink("output", f"refused by {record.op}", ValueFacts((), ""), (record.index,)))
 
     @property
+    def is_suspicious(self) -> bool:
+        """Whether any memory may hold more than masks."""
+        return any(not state.births <= self._deliberate for state in self.memory.tainted.values())
+
+    @property
     def has_fault(self) -> bool:
         """Whether anything but a mask reached a sink."""
         return any(not set(sink.births) <= self._deliberate for sink in self.sinks)

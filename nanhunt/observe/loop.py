@@ -29,7 +29,7 @@ from nanhunt.observe.known import KnownState
 from nanhunt.observe.modes import untraced
 from nanhunt.observe.patches import Patches
 from nanhunt.observe.scaling import ScalingFollower, is_passed_over
-from nanhunt.observe.values import optimizer_tensors, own_parts, tensors_of
+from nanhunt.observe.values import optimizer_tensors, own_parts, state_tensors, tensors_of
 from nanhunt.records.ops import Sink
 
 Outputs = Literal["auto", "always", "never"]
@@ -152,7 +152,7 @@ class LoopFollower(KnownState):
             self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in own_parts(tensors)))
 
     def _on_leave(self, module: nn.Module, output: Any) -> None:
-        if self._tracer.is_watchful and self._is_model(module):
+        if self._tracer.is_suspicious and self._is_model(module):
             self._tracer.guarded(self._look_at_output, module, output)
 
     def _look_at_output(self, module: nn.Module, output: Any) -> None:
@@ -181,6 +181,10 @@ class LoopFollower(KnownState):
 
     def _begin_part(self) -> None:
         """A forward pass for training begins: the next step, or the next part of an accumulated one."""
+        if self._evaluated and not self._has_trained and not self._ledger.has_fault:
+            # What a trainer evaluates to see whether it works is no step of the training.
+            self._evaluated.clear()
+            self._ledger.step = 0
         if self._abandoned or self._ledger.read_numbers:
             self.notes["non-finite losses that the loop dropped"] += 1
             self._abandoned = []
@@ -188,7 +192,7 @@ class LoopFollower(KnownState):
         if not self._went_backward:
             return
         self._went_backward = False
-        if self._tracer.is_watchful and not self._ledger.has_fault:
+        if self._tracer.is_suspicious and not self._ledger.has_fault:
             # An update by hand is seen here first.
             self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
         has_gradients = self.has_gradients()
@@ -237,7 +241,7 @@ class LoopFollower(KnownState):
         self._tracer.places.is_past_backward = True
         self._ledger.read_numbers.clear()
         self._declare_received(self.parameters())
-        if self._tracer.is_watchful:
+        if self._tracer.is_suspicious:
             fresh = self._harmed_gradients(self.parameters())
             harmed = {birth for sink in fresh for birth in sink.births}
             fresh += [sink for sink in self._ledger.sent if not set(sink.births) <= harmed]
@@ -333,11 +337,14 @@ class LoopFollower(KnownState):
         self._tracer.guarded(self._look_at_step, optimizer)
 
     def _look_at_step(self, optimizer: Optimizer) -> None:
-        if self._tracer.is_watchful and not is_passed_over(optimizer):
-            names = {id(tensor): name for _, name, tensor in self.named_tensors()}
+        if self._tracer.is_suspicious and not is_passed_over(optimizer):
+            names = self.names_of(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._reached("parameter", [(names.get(id(p), "a parameter"), p.detach()) for p in parameters])
-            self._reached("optimizer state", optimizer_tensors(self.model, optimizer))
+            self._reached(
+                "optimizer state",
+                [(f"{key} of {names.get(id(p), 'a parameter')}", value) for p, key, value in state_tensors(optimizer)],
+            )
         if self._health is not None:
             self._health.after_optimizer_step(optimizer, self.names_of(optimizer))
         self._scaling.note_step(optimizer)

@@ -6,7 +6,8 @@ Finite memory is not followed at all: while nothing is non-finite there is nothi
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanhunt.observe.finite import stored_values, unreadable_kind
@@ -14,6 +15,8 @@ from nanhunt.observe.finite import stored_values, unreadable_kind
 NO_BIRTHS: frozenset[int] = frozenset()
 
 _MANY = 1024
+
+_NO_TENSORS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout))
 
 
 @dataclass
@@ -56,7 +59,13 @@ class Memory:
         tainted = self.tainted
         try:
             for value in args:
-                if isinstance(value, Tensor):
+                kind = type(value)
+                if kind is Tensor or kind is nn.Parameter:
+                    if value.untyped_storage()._cdata in tainted:
+                        return True
+                elif kind in _NO_TENSORS:
+                    continue
+                elif isinstance(value, Tensor):
                     if value.untyped_storage()._cdata in tainted:
                         return True
                 elif isinstance(value, list | tuple) and value and self.is_touched_by(value, None):

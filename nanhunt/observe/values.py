@@ -40,7 +40,13 @@ def own_parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
 def optimizer_tensors(model: nn.Module | None, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the optimizer's state as ``exp_avg of encoder.0.weight``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()} if model is not None else {}
+    for parameter, key, value in state_tensors(optimizer):
+        yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value
+
+
+def state_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """Every tensor of the optimizer's state, with its parameter and its key."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                yield f"{key} of {names.get(id(parameter), 'an unnamed parameter')}", value
+                yield parameter, key, value

@@ -21,6 +21,7 @@ from nanhunt.capture.format import Capture, write_capture
 from nanhunt.cli import app as program
 
 VERBS = {
+    "run": ["script", "-m", "--exact", "--on-fault", "--out", "--max-captures", "--json", "--fail"],
     "replay": ["file", "--checkpoint", "--target", "--json", "--seeds"],
     "rules": [],
     "explain": ["code"],

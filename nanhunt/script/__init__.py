@@ -1,0 +1,1 @@
+"""Somebody's script, run unmodified under the sentinel or the exact tracer."""
