@@ -277,9 +277,9 @@ class _Session:
 def _chain(offender: Any, trace: Trace, step: ReplayedStep) -> Iterator[ChainLink]:
     """From the offender to the sinks, each station with its counts."""
     if isinstance(offender, OpRecord):
-        facts = offender.outputs[0]
         of = f" in the backward of {offender.forward_op}" if offender.forward_op else ""
-        yield ChainLink(f"{offender.op}{of}", f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
+        counted = (f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}" for facts in offender.outputs)
+        yield ChainLink(f"{offender.op}{of}", next(counted, "a constant"))
     else:
         facts = offender.facts
         says_kind = offender.kind in ("batch", "output gradient")

@@ -23,6 +23,7 @@ from nanhunt.observe.ledger import Ledger
 from nanhunt.observe.modes import untraced
 from nanhunt.observe.module_path import ModulePath
 from nanhunt.observe.op_info import (
+    TRAITS,
     FocusedOp,
     FocusReached,
     OpTraits,
@@ -195,7 +196,8 @@ class ExactTracer(TorchDispatchMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         index = self._num_ops
         self._num_ops = index + 1
-        traits = traits_of(func)
+        known = TRAITS.get(id(func))
+        traits = known[0] if known is not None else traits_of(func)
         if self._focus or (self.ledger.memory.tainted and self.ledger.memory.is_touched_by(args, kwargs)):
             return self._dispatch_watchfully(index, func, traits, args, kwargs or {})
         if index % _PURGE_EVERY == 0:
@@ -203,7 +205,10 @@ class ExactTracer(TorchDispatchMode):
         number = _sequence_number()
         if number != self._number:
             self._number = number
-            self.guarded(self.places.note, number, index, traits)
+            try:
+                self.places.note(number, index, traits)
+            except Exception as error:  # noqa: BLE001 - as in guarded, without the price of a call
+                self._note_problem(error)
         try:
             output = func(*args, **kwargs) if kwargs else func(*args)
         except Exception as error:
@@ -273,7 +278,8 @@ class ExactTracer(TorchDispatchMode):
             return
         filled = False
         if traits.writes and memory.unwritten:
-            filled = any([memory.note_written(tensor) for tensor in written(traits, args, kwargs)])
+            # Only a copy can bring in what nobody has seen yet.
+            filled = any([memory.note_written(t) for t in written(traits, args, kwargs)]) and traits.converts
         is_narrowed = traits.converts and is_narrowing(traits, args, output)
         if filled or is_narrowed or moves_received(memory, traits, args, kwargs, output):
             self._look(index, traits, args, kwargs, output)
@@ -330,9 +336,12 @@ class ExactTracer(TorchDispatchMode):
                     return look(*args, **kwargs)
             return look(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the traced program must go on whatever the tracer trips over
-            if len(self._problems) < 20:
-                self._problems.append(f"{type(error).__name__} while looking at an operation: {error}")
+            self._note_problem(error)
             return None
+
+    def _note_problem(self, error: Exception) -> None:
+        if len(self._problems) < 20:
+            self._problems.append(f"{type(error).__name__} while looking at an operation: {error}")
 
 
 def _owner(kind: Any, name: str) -> str:

@@ -258,7 +258,7 @@ class HealthProbe:
 
 def _is_due(number: int) -> bool:
     """Whether the step with this number is looked at in any case: the first ones, then ever fewer."""
-    return number < KEPT_FIRST or number % (8 if number < 128 else 32) == 0
+    return number < 4 or number % (8 if number < 128 else 32) == 0
 
 
 def _is_compile_in_use() -> bool:

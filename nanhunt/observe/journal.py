@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from nanhunt.observe.call import Call, Places
+from nanhunt.observe.call import Call, Here, Places
 from nanhunt.records.ops import OpRecord, Sink, StateSource, Trace
 
 MAX_RECORDS = 20_000
@@ -81,12 +81,11 @@ class Journal:
             replace(r, step=self.step, micro_step=0) if (r.step, r.micro_step) == here else r for r in self.records
         ]
 
-    def _record(self, call: Call, kind: Any, facts: tuple[Any, ...], *, deliberate: bool = False) -> None:
+    def _record(self, call: Call, kind: Any, facts: tuple[Any, ...], here: Here, *, deliberate: bool = False) -> None:
         # What only passes on leaves room for a birth that comes late.
         if len(self.records) >= (MAX_RECORDS if kind == "birth" else MAX_RECORDS // 2):
             self.num_dropped += 1
             return
-        here = self._places.here()
         self.records.append(
             OpRecord(
                 index=call.index,

@@ -138,8 +138,8 @@ class Ledger(Journal):
         bad = [tensor for tensor in results if self._is_bad_result(call, tensor)]
         if bad:
             self._record_nonfinite(call, bad)
-        elif call.taint and fresh:
-            self._record(call, "kill", ())
+        elif fresh and not call.taint <= self._deliberate:
+            self._record(call, "kill", (), self._places.here())
         return bool(bad)
 
     def _is_bad_result(self, call: Call, tensor: Tensor) -> bool:
@@ -172,6 +172,11 @@ class Ledger(Journal):
             # A number that was read from a tensor has come back.
             call.taint |= self._numbers
             explained = True
+        if explained and call.taint <= self._deliberate:
+            # A mask on its way: of no interest unless somebody trips over it.
+            for tensor in bad:
+                self.memory.taint(tensor, call.taint)
+            return
         here = self._places.here()
         # A learning rate of infinity is no mask.
         deliberate = here.phase != "optimizer" and is_constant
@@ -185,8 +190,8 @@ class Ledger(Journal):
         for tensor in bad:
             self.memory.taint(tensor, births)
         # Counting takes ten times as long as looking, and after a fault nearly every operation propagates.
-        facts = () if explained else tuple(value_facts(tensor) for tensor in bad)
-        self._record(call, "propagate" if explained else "birth", facts, deliberate=deliberate)
+        facts = () if explained or deliberate else tuple(value_facts(tensor) for tensor in bad)
+        self._record(call, "propagate" if explained else "birth", facts, here, deliberate=deliberate)
 
     def _births_with(self, call: Call, *, makes_nan: bool) -> frozenset[int]:
         """The births that travel on from a birth (rule 5 of the NOTE)."""

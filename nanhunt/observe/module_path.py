@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nanhunt.observe.compiled import code_of
 from nanhunt.observe.patches import StandIn
-from nanhunt.observe.source import LIBRARY, USERS, Place, kind_of, user_place
+from nanhunt.observe.source import KINDS, LIBRARY, USERS, Place, kind_of, user_place
 
 
 class ModulePath:
@@ -117,8 +117,14 @@ class ModulePath:
     def place(self, frame: FrameType | None) -> Place:
         """The user's place at or above the frame; what lies above the running module is worked out once per call."""
         library: FrameType | None = None
-        while frame is not None and frame.f_code is not self._boundary:
-            kind = kind_of(frame.f_code)
+        boundary, kinds = self._boundary, KINDS
+        while frame is not None:
+            code = frame.f_code
+            if code is boundary:
+                break
+            kind = kinds.get(code)
+            if kind is None:
+                kind = kind_of(code)
             if kind == USERS:
                 if library is None:
                     return Place(frame.f_code, frame.f_lasti)

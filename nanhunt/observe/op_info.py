@@ -112,14 +112,14 @@ class OpTraits:
 
 
 # By identity, for the hash of an operation is worked out in Python; the operation is kept so that its identity stays.
-_TRAITS: dict[int, tuple[OpTraits, Any]] = {}
+TRAITS: dict[int, tuple[OpTraits, Any]] = {}
 
 
 def traits_of(func: Any) -> OpTraits:
     """The traits of an operation, worked out once."""
-    known = _TRAITS.get(id(func))
+    known = TRAITS.get(id(func))
     if known is None:
-        known = _TRAITS[id(func)] = (_worked_out(func), func)
+        known = TRAITS[id(func)] = (_worked_out(func), func)
     return known[0]
 
 

@@ -83,7 +83,8 @@ class Sites:
         node = _running_node()
         if node is not None and not torch.is_grad_enabled():
             return
-        frame = sys._getframe(1)
+        # Between here and the operation lie frames of the tracer's own.
+        frame = sys._getframe(2)
         if node is not None:
             kind, place = place_in_backward(frame)
             known = self._sites.get(node._sequence_nr() + 1)

@@ -8,6 +8,7 @@ import linecache
 import sys
 import sysconfig
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple
@@ -31,7 +32,7 @@ _CHECKPOINT = _TORCH + "utils/checkpoint.py"
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
-_KINDS: dict[CodeType, int] = {}
+KINDS: dict[CodeType, int] = {}
 
 
 class Place(NamedTuple):
@@ -55,7 +56,7 @@ NOWHERE = Place(None)
 
 def kind_of(code: CodeType) -> int:
     """Whether a frame of this code is worth showing, and whether it is the user's own."""
-    kind = _KINDS.get(code)
+    kind = KINDS.get(code)
     return kind if kind is not None else _judged(code)
 
 
@@ -68,7 +69,7 @@ def _judged(code: CodeType) -> int:
         kind = LIBRARY
     else:
         kind = USERS
-    _KINDS[code] = kind
+    KINDS[code] = kind
     return kind
 
 
@@ -82,7 +83,9 @@ def user_place(frame: FrameType | None) -> Place:
     library: FrameType | None = None
     while frame is not None:
         code = frame.f_code
-        kind = kind_of(code)
+        kind = KINDS.get(code)
+        if kind is None:
+            kind = kind_of(code)
         if kind == USERS:
             if library is None:
                 return Place(code, frame.f_lasti)
@@ -121,6 +124,7 @@ def place_in_backward(frame: FrameType | None) -> tuple[Literal["engine", "code"
     return ("code", user_place(first)) if found and frame is not None else ("engine", NOWHERE)
 
 
+@lru_cache(maxsize=4096)
 def source_line(code: CodeType | None, position: int) -> SourceLine | None:
     """The line that was running, with its text as far as the file can still be read."""
     if code is None:

@@ -16,6 +16,8 @@ from nanhunt.rules.registry import Case, Judgement, Rule
 def _judge(case: Case) -> Judgement | None:
     if case.op is None or case.op.phase == "backward":
         return None
+    if not case.op.outputs:
+        return Judgement(f"{case.op.op} put a constant there that is not finite")
     facts = case.op.outputs[0]
     message = f"{case.op.op} gave {describe(facts)} from {origin(case.op)}"
     return Judgement(message, evidence={"num_nonfinite": facts.num_nonfinite, "num_elements": facts.num_elements})

@@ -16,6 +16,8 @@ from nanhunt.rules.registry import Case, Judgement, Rule
 def _judge(case: Case) -> Judgement | None:
     if case.op is None or case.op.phase != "backward":
         return None
+    if not case.op.outputs:
+        return Judgement(f"{case.op.op} put a constant there that is not finite")
     facts = case.op.outputs[0]
     of = f", differentiating {case.op.forward_op}," if case.op.forward_op else ""
     message = f"{case.op.op}{of} gave {describe(facts)} from {origin(case.op)}"

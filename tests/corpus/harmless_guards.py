@@ -1,4 +1,4 @@
-"""Look-alikes: loops that deal with it themselves, by dropping the step, mending a gradient on its way, or trying again."""
+"""Look-alikes: loops that deal with it themselves: they drop the step, mend a gradient on its way, or try again."""
 
 import math
 
