@@ -2,12 +2,11 @@
 
 On sampled steps every tensor that enters or leaves a followed module is looked at, each distinct tensor once, and its
 gradient through a tensor hook. The extremes stay on their device and are read together when the step is over. Modules
-are heard through a ``ModulePath``, or without one through a hook for all modules, which other steps do not have.
+are heard through a ``ModulePath``; one of the probe's own is in place on sampled steps only.
 """
 
 import math
 import statistics
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,7 @@ from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from nanhunt.observe.health_step import Names, Readings, SampledStep, unseen
 from nanhunt.observe.module_path import ModulePath
@@ -57,11 +53,12 @@ class HealthProbe:
     """Follows magnitudes through a run. Changes nothing, and its own failures only become ``problems``.
 
     Args:
-        path: Tells of the modules that are called.
+        path: Tells of the modules that are called; None for one of its own.
     """
 
     def __init__(self, path: ModulePath | None = None) -> None:
-        self._path = path
+        self._path = path if path is not None else ModulePath(None)
+        self._has_own_path = path is None
         self._modules: list[nn.Module] = []
         self._kinds: dict[str, str] = {}
         self._names: dict[int, str] = {}
@@ -75,7 +72,6 @@ class HealthProbe:
         self._odd_left = self._num_odd = 0
         self._peaks: list[tuple[float, float]] = []
         self._sampled: SampledStep | None = None
-        self._handle: RemovableHandle | None = None
 
     def attach(self, named_modules: Mapping[str, nn.Module]) -> Self:
         """Follows these: leaves, owners of parameters, elements of numbered containers, and the model itself."""
@@ -114,12 +110,9 @@ class HealthProbe:
         self._sampled = SampledStep(
             *(self._names, step, self._note_problem), is_deep=is_deep, counts_zeros=counts_zeros, is_thorough=is_odd
         )
-        if self._path is not None:
-            self._path.on_output = self._sampled.look_at
-        elif _is_compile_in_use():
-            self._note("modules are not looked at: torch.compile is in use, which would compile them anew")
-        else:
-            self._handle = register_module_forward_hook(self._sampled.look_at, with_kwargs=True)
+        if self._has_own_path:
+            self._path.__enter__()
+        self._path.on_output = self._sampled.look_at
 
     def before_optimizer_step(self, optimizer: Optimizer, names: Names) -> None:
         """Looks at the gradients, and keeps some weights to compare.
@@ -180,13 +173,9 @@ class HealthProbe:
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return
-        if self._path is not None:
-            self._path.on_output = None
-        if self._handle is not None:
-            self._handle.remove()
-            # remove() of torch 2.13 leaves this entry behind, and with it the warning about hooks of all modules.
-            torch_module._global_forward_hooks_with_kwargs.pop(self._handle.id, None)
-            self._handle = None
+        self._path.on_output = None
+        if self._has_own_path:
+            self._path.__exit__()
         sampled.stop()
         with self._guarded(), unseen():
             sampled.read()
@@ -258,13 +247,7 @@ class HealthProbe:
 
 def _is_due(number: int) -> bool:
     """Whether the step with this number is looked at in any case: the first ones, then ever fewer."""
-    return number < 4 or number % (8 if number < 128 else 32) == 0
-
-
-def _is_compile_in_use() -> bool:
-    """Whether anything was compiled: hooks would be guards of it, and warned of."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return any(backend is not None for backend in getattr(dynamo, "cached_backends", {}).values())
+    return number < KEPT_FIRST or number % (8 if number < 128 else 32) == 0
 
 
 def _keep(items: list[Item], item: Item, kept: int = KEPT) -> None:

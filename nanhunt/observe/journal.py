@@ -40,6 +40,7 @@ class Journal:
         self.by_hand: set[int] = set()
         self._places = places
         self._prepared: set[int] = set()
+        self._settled: set[int] = set()
 
     def trace(self, num_ops: int, problems: Iterable[str]) -> Trace:
         """The records so far."""
@@ -59,6 +60,11 @@ class Journal:
             return record
         return replace(record, phase="optimizer", step=record.step - (record.between == "after the step"))
 
+    def settle(self) -> None:
+        """The forward pass of the running part begins: what was prepared so far belongs to it."""
+        self._prepared.clear()
+        self._settled = {record.index for record in self.records}
+
     def begin_part(self) -> None:
         """The next part of an accumulated step begins; what was prepared for it belongs to it."""
         here = self.step, self.micro_step
@@ -68,7 +74,7 @@ class Journal:
         self._prepared.clear()
         self.records = [
             replace(r, micro_step=self.micro_step)
-            if r.between and (r.step, r.micro_step) == here and r.index not in self.by_hand
+            if r.between and (r.step, r.micro_step) == here and r.index not in self.by_hand | self._settled
             else r
             for r in self.records
         ]

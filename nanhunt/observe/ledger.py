@@ -106,6 +106,11 @@ class Ledger(Journal):
             # Perhaps the loss; who reads it as a number may end the step over it.
             self.read_numbers["loss"] = Sink("loss", "loss", value_facts(tensor), tuple(sorted(births)))
 
+    def _note_use(self, call: Call) -> None:
+        used = call.taint & self._unused
+        if used:
+            self._note_first_use(used)
+
     def _note_first_use(self, indices: frozenset[int]) -> None:
         """What was non-finite before the step does harm where it is read."""
         line = self._places.here().source
@@ -161,8 +166,7 @@ class Ledger(Journal):
         return True
 
     def _record_nonfinite(self, call: Call, bad: Sequence[Tensor]) -> None:
-        if call.taint & self._unused:
-            self._note_first_use(call.taint & self._unused)
+        self._note_use(call)
         makes_nan = any(nonfinite_kinds(tensor)[0] for tensor in bad)
         explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
         is_constant = is_deliberate(call.traits.name, call.args, call.kwargs, bad, makes_nan=makes_nan)
@@ -324,15 +328,18 @@ class Ledger(Journal):
         self.sinks.append(Sink(kind, name, value_facts(tensor), tuple(sorted(births))))
         return True
 
-    def reached_by_error(self, error: BaseException) -> None:
-        """A backward pass ended in an error: what was born in it is taken for the reason."""
-        births = [
+    def reached_by_error(self, kind: Any, error: BaseException) -> None:
+        """The loop ended in an error: what was born in the same step and is still there is taken for the reason."""
+        alive = {birth for state in self.memory.tainted.values() for birth in state.births} - self._deliberate
+        births = {
             record.index
             for record in self.records
-            if record.kind == "birth" and not record.deliberate and record.step == self.step
-        ]
+            if record.kind == "birth" and record.index in alive and record.step == self.step
+        }
+        births |= {source.index for source in self.sources if source.index in alive and source.step == self.step}
         if births and not self.sinks:
-            self.sinks.append(Sink("gradient", f"{type(error).__name__} was raised", ValueFacts((), ""), tuple(births)))
+            name = f"{type(error).__name__} was raised"
+            self.sinks.append(Sink(kind, name, ValueFacts((), ""), tuple(sorted(births))))
 
     def refused(self, call: Call) -> bool:
         """An operation that raises over the values it was given is where their births did harm, if there are any."""

@@ -11,8 +11,7 @@ NOTE on what counts as harm, and when it is certain.
 """
 
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -20,22 +19,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from nanhunt.observe.call import Origin
 from nanhunt.observe.exact import ExactTracer
-from nanhunt.observe.finite import is_finite, list_is_finite, unreadable_kind
+from nanhunt.observe.harm import Harm
 from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.holders import holder_of, unwrapped
-from nanhunt.observe.known import KnownState
-from nanhunt.observe.modes import untraced
+from nanhunt.observe.op_info import speaks_of_values
 from nanhunt.observe.patches import Patches
 from nanhunt.observe.scaling import ScalingFollower, is_passed_over
-from nanhunt.observe.values import optimizer_tensors, own_parts, state_tensors, tensors_of
+from nanhunt.observe.values import leaves_of, optimizer_tensors, own_parts, state_tensors, tensors_of
 from nanhunt.records.ops import Sink
 
 Outputs = Literal["auto", "always", "never"]
 
 
-class LoopFollower(KnownState):
+class LoopFollower(Harm):
     """Follows a loop through hooks on modules and optimizers, and through stand-ins for what starts a backward pass.
 
     Args:
@@ -58,10 +55,10 @@ class LoopFollower(KnownState):
         outputs: Outputs = "auto",
         health: HealthProbe | None = None,
     ) -> None:
-        super().__init__(model, optimizer)
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is an nn.Module, not {type(model).__name__}: put several into an nn.ModuleList")
+        super().__init__(tracer, model, optimizer)
         self._called = model
-        self.notes: Counter[str] = Counter()
-        self._tracer, self._ledger = tracer, tracer.ledger
         self._main = self.optimizers[0] if self.optimizers else None
         self._outputs, self._health = outputs, health
         self._pending: list[Sink] = []
@@ -69,6 +66,7 @@ class LoopFollower(KnownState):
         self._went_backward = False
         self._is_entered = self._is_called = self._has_trained = False
         self._evaluated: set[int] = set()
+        self._roots: list[Tensor] = []
         self._fault_step: int | None = None
         self._handles: list[Any] = []
         self._patches = Patches(self._tracer.guarded)
@@ -99,6 +97,9 @@ class LoopFollower(KnownState):
         self._handles.clear()
         self._tracer.path.on_enter = self._tracer.path.on_leave = None
         self._tracer.guarded(self._finish)
+        if isinstance(exc_info[1], Exception) and speaks_of_values(exc_info[1]):
+            # The program itself has looked at values and given up.
+            self._tracer.guarded(self._ledger.reached_by_error, "output", exc_info[1])
 
     # Forward.
 
@@ -109,14 +110,6 @@ class LoopFollower(KnownState):
             self._health.attach(dict(module.named_modules()))
         for kind, named in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
             self._declare(kind, ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in named))
-
-    def _declare(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-        listed = list(own_parts(named))
-        with untraced(), torch.no_grad():
-            readable = [tensor for _, tensor in listed if unreadable_kind(tensor) is None]
-            if list_is_finite(readable):
-                return
-        self._tracer.declare(kind, listed, here=kind == "batch")
 
     def _on_enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._tracer.guarded(self._enter, module, args, kwargs)
@@ -133,7 +126,6 @@ class LoopFollower(KnownState):
         self._declare_inputs(args, kwargs)
         if is_model:
             self._is_entered = True
-            self._tracer.places.is_past_backward = self._tracer.places.has_stepped = False
             self._tracer.places.note_driver()
             if torch.is_grad_enabled():
                 self._begin_part()
@@ -143,6 +135,7 @@ class LoopFollower(KnownState):
                     self._evaluated.clear()
                     self._end_step()
                 self._evaluated.add(id(module))
+            self._tracer.places.is_past_backward = self._tracer.places.has_stepped = False
 
     def _declare_inputs(self, args: Any, kwargs: Any) -> None:
         named = [(str(position), value) for position, value in enumerate(args)] + list(kwargs.items())
@@ -190,6 +183,7 @@ class LoopFollower(KnownState):
             self._abandoned = []
             self._ledger.read_numbers.clear()
         if not self._went_backward:
+            self._ledger.settle()
             return
         self._went_backward = False
         if self._tracer.is_suspicious and not self._ledger.has_fault:
@@ -197,12 +191,16 @@ class LoopFollower(KnownState):
             self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])
         has_gradients = self.has_gradients()
         if self.optimizers and not has_gradients and self._pending:
-            self.notes["steps with non-finite gradients that the loop dropped"] += 1
-            self._pending.clear()
+            self._drop_pending()
         if self.optimizers or has_gradients:
             self._ledger.begin_part()
         else:
             self._end_step()
+
+    def _drop_pending(self) -> None:
+        """The loop has reset the gradients without a step: it has dealt with what was wrong."""
+        self.notes["non-finite steps that the loop dropped"] += 1
+        self._pending.clear()
 
     # Backward.
 
@@ -215,75 +213,56 @@ class LoopFollower(KnownState):
         if not self.optimizers and self._ledger.micro_step and not self.has_gradients():
             # Gradients were reset between the forward and the backward pass.
             self._ledger.count_as_step()
-        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if self.optimizers and self._pending and not self.has_gradients():
+            self._drop_pending()
+        roots = self._roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         self._declare_roots(roots)
         if self._tracer.is_watchful:
             num_before = len(self._ledger.sinks)
             self._reached("loss", [("loss", root.detach()) for root in roots])
             fresh = self._ledger.sinks[num_before:]
-            if self._ledger.is_scaled and all(set(sink.births) <= self._ledger.scaling for sink in fresh):
+            is_scales_own = all(set(sink.births) <= self._ledger.scaling for sink in fresh)
+            if self.optimizers and (is_scales_own or not self._ledger.is_scaled):
+                # Certain when the optimizer steps: until then the loop may drop it.
                 del self._ledger.sinks[num_before:]
                 self._pending += fresh
-
-    def _declare_roots(self, roots: Sequence[Tensor]) -> None:
-        """A loss that is non-finite for no recorded reason was made where nobody looked."""
-        with untraced(), torch.no_grad():
-            for root in roots:
-                known = self._ledger.memory.births_of(root)
-                if not known and unreadable_kind(root) is None and not is_finite(root):
-                    self._ledger.declare(Origin("constant", "loss", phase="forward"), root, self._tracer.places.here())
 
     def _end_backward(self, *args: Any, **kwargs: Any) -> None:
         error = sys.exc_info()[1]
         if error is not None:
-            self._ledger.reached_by_error(error)
+            self._ledger.reached_by_error("gradient", error)
         self._went_backward = self._has_trained = True
         self._tracer.places.is_past_backward = True
         self._ledger.read_numbers.clear()
         self._declare_received(self.parameters())
         if self._tracer.is_suspicious:
-            fresh = self._harmed_gradients(self.parameters())
+            leaves = [*self.parameters(), *leaves_of(self._roots)]
+            fresh = self._harmed_gradients({id(leaf): leaf for leaf in leaves}.values())
             harmed = {birth for sink in fresh for birth in sink.births}
             fresh += [sink for sink in self._ledger.sent if not set(sink.births) <= harmed]
             if self.optimizers:
                 self._pending += fresh
             else:
                 self._ledger.sinks += fresh
+        self._roots = []
+        if not self.optimizers and not self._is_entered:
+            # Neither modules nor an optimizer tell where a step ends.
+            self._end_step()
 
     def _begin_grad(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
-        """``torch.autograd.grad`` hands its results back: what becomes of them decides."""
+        """``torch.autograd.grad`` hands its results back; gradients that are differentiated again are no end."""
         self._abandoned = []
         self._ledger.read_numbers.clear()
+        if not kwargs.get("create_graph") and not self.optimizers:
+            roots = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            if all(root.numel() == 1 for root in roots):
+                self._declare_roots(roots)
+                self._reached("loss", [("loss", root.detach()) for root in roots])
 
     def _end_grad(self, *args: Any, **kwargs: Any) -> None:
         """Without an optimizer, gradients that are not differentiated again are for an update by hand."""
         if not self.optimizers and not kwargs.get("create_graph"):
             self._went_backward = self._tracer.places.is_past_backward = True
-
-    def _declare_received(self, parameters: Iterable[Tensor]) -> None:
-        """Gradients that a collective may have written are looked at once it must have ended."""
-        if self._ledger.memory.received:
-            with untraced(), torch.no_grad():
-                given = [part for _, part in own_parts(("", p.grad) for p in parameters if p.grad is not None)]
-                if not list_is_finite(given):
-                    for gradient in (part for part in given if unreadable_kind(part) is None):
-                        self._ledger.declare_received(gradient)
-
-    def _harmed_gradients(self, parameters: Iterable[Tensor]) -> list[Sink]:
-        names = {id(tensor): name for kind, name, tensor in self.named_tensors() if kind == "parameter"}
-        num_before = len(self._ledger.sinks)
-        self._reached(
-            "gradient",
-            [(names.get(id(p), "a parameter outside the model"), p.grad) for p in parameters if p.grad is not None],
-        )
-        fresh = self._ledger.sinks[num_before:]
-        del self._ledger.sinks[num_before:]
-        return fresh
-
-    def _reached(self, kind: Any, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Only memory that is known to be non-finite is looked at."""
-        find = self._ledger.memory.find
-        self._tracer.reached(kind, [(name, tensor) for name, tensor in own_parts(named) if find(tensor) is not None])
 
     # Steps.
 
@@ -309,6 +288,9 @@ class LoopFollower(KnownState):
 
     def _meet_optimizer(self, optimizer: Optimizer) -> None:
         if all(known is not optimizer for known in self.optimizers):
+            if not self.optimizers and not self._ledger.has_fault:
+                # What was counted before was counted without it.
+                self._ledger.step = self._ledger.micro_step = 0
             self.optimizers.append(optimizer)
             self._main = self._main or optimizer
             self._declare_state(optimizer)
@@ -381,6 +363,7 @@ class LoopFollower(KnownState):
 
     def _finish(self) -> None:
         """The loop has ended: what was not dealt with counts."""
+        self._scaling.finish()
         self._ledger.sinks += self._pending
         self._pending.clear()
         if not self._tracer.places.is_past_backward:

@@ -297,6 +297,12 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, RuntimeError | ValueError) and bool(re.search(r"\b(nan|inf)\b", str(error), re.IGNORECASE))
 
 
+def speaks_of_values(error: Exception) -> bool:
+    """Whether a program's own error is about non-finite values, as far as its type and words tell."""
+    words = r"nan|inf|infinite|infinity|(non-?)?finite|overflow\w*|diverg\w*|explod\w*|invalid"
+    return isinstance(error, ArithmeticError | AssertionError) or bool(re.search(rf"\b({words})\b", str(error), re.I))
+
+
 def copied(values: Any) -> Any:
     """The same structure with copies of the tensors."""
     return torch.utils._pytree.tree_map(lambda leaf: copy_of(leaf) if isinstance(leaf, Tensor) else leaf, values)

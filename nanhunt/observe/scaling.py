@@ -54,6 +54,11 @@ class ScalingFollower:
         self._num_skips = 0
         self._ledger.held.clear()
 
+    def finish(self) -> None:
+        """The loop has ended: what no later step has made good counts, if no scale could."""
+        if self._is_beyond_scaling():
+            self._ledger.sinks += self._ledger.held
+
     def _begin_scaling(self, *args: Any, **kwargs: Any) -> None:
         self._ledger.is_scaling = self._ledger.is_scaled = True
 
@@ -70,7 +75,7 @@ class ScalingFollower:
         self._num_skips += 1
         self._ledger.held += self._pending
         self._pending.clear()
-        if self._is_beyond_scaling():
+        if self._num_skips > 1 and self._is_beyond_scaling():
             self._ledger.sinks += self._ledger.held
         if not self._num_stepped:
             self._skipped(optimizer)

@@ -112,7 +112,8 @@ class Sites:
         """Where the running operation stands."""
         node = _running_node()
         frame = sys._getframe(1)
-        if node is None:
+        if node is None or self.phase == "optimizer":
+            # An optimizer may step inside the backward pass, from a hook on the gradient.
             line = line_of(user_place(frame), self.drivers)
             between: Any = ""
             if self.is_past_backward and self._path.is_outside and self.phase == "forward":

@@ -4,10 +4,15 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanhunt.observe.collectives import own_part
+
+MAX_NODES = 50_000
+"""Autograd nodes gone through in search of leaves."""
 
 MAX_DEPTH = 4
 """How deep containers and objects are opened."""
@@ -25,11 +30,31 @@ def tensors_of(value: Any, depth: int = MAX_DEPTH) -> Iterator[Tensor]:
 def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
+    if isinstance(value, np.ndarray):
+        # It may be the memory of a tensor.
+        return [torch.from_numpy(value)] if value.dtype.kind == "f" and value.flags.writeable else ()
     if isinstance(value, list | tuple | set | frozenset):
         return value
     if dataclasses.is_dataclass(value):
         return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     return list(vars(value).values()) if hasattr(value, "__dict__") and not callable(value) else ()
+
+
+def leaves_of(roots: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors whose gradients a backward pass from the roots adds to."""
+    nodes = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(nodes)
+    leaves: list[Tensor] = []
+    while nodes and len(seen) < MAX_NODES:
+        node = nodes.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            leaves.append(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return leaves
 
 
 def own_parts(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -51,7 +51,7 @@ def rows_sliced_away_before_another_fault() -> Loop:
     return Loop(model, run, optimizer)
 
 
-@fault("a scale of 1 explains no NaN; the step is skipped once", phase="backward", op=DIV, module="", step=2)
+@fault("a scale of 1 explains no NaN; every step from here on is skipped", phase="backward", op=DIV, module="", step=2)
 def scaler_at_a_scale_of_one() -> Loop:
     torch.manual_seed(2)
     model = nn.Linear(4, 1, bias=False)
@@ -61,7 +61,7 @@ def scaler_at_a_scale_of_one() -> Loop:
     def run() -> None:
         for step in range(6):
             x = torch.randn(5, 4)
-            if step == 2:
+            if step >= 2:
                 x[0] = 0.0
             loss = model(x).pow(2).sqrt().mean()  # here
             optimizer.zero_grad()
@@ -72,7 +72,7 @@ def scaler_at_a_scale_of_one() -> Loop:
     return Loop(model, run, optimizer)
 
 
-@fault("the scaler settles, and then a root of 0", phase="backward", op=DIV, module="length")
+@fault("the scaler settles, and then a root of 0 in every step", phase="backward", op=DIV, module="length")
 def root_of_zero_after_the_scale_has_settled() -> Loop:
     class Length(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def root_of_zero_after_the_scale_has_settled() -> Loop:
     def run() -> None:
         for step in range(20):
             gate = torch.ones(4, 1)
-            if step == 16:
+            if step >= 16:
                 gate[0] = 0.0
             with torch.autocast("cpu", torch.float16):
                 loss = (model(torch.randn(4, 8), gate) - 1).square().mean()

@@ -1,56 +1,17 @@
-"""What ``nanhunt.trace`` says beside the place of a fault: what the loop dealt with, steps, options, misuse."""
+"""What ``nanhunt.trace`` says beside the place of a fault: what the loop dealt with, steps, where the block ends."""
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_loops import facts, length, linear, rows, sgd, traced, train
 from torch import Tensor, nn
 
 import nanhunt
-from nanhunt.findings import Report
-
-
-def linear() -> nn.Linear:
-    torch.manual_seed(3)
-    return nn.Linear(4, 2, bias=False)
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def rows(*, is_bad: bool = False) -> Tensor:
-    """Rows whose length has a gradient, or one row of zeros among them, whose length has none."""
-    x = torch.randn(5, 4)
-    if is_bad:
-        x[1] = 0.0
-    return x
-
-
-def length(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).square().sum(1).sqrt().mean()
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, are_bad: Iterable[bool]) -> None:
-    for is_bad in are_bad:
-        optimizer.zero_grad()
-        length(model, rows(is_bad=is_bad)).backward()
-        optimizer.step()
-
-
-def traced(loop: Callable[[], object], model: nn.Module, optimizer: object = None, **options: str) -> Report:
-    with nanhunt.trace(model, optimizer, **options) as hunt:
-        loop()
-    return hunt.report()
-
-
-def facts(report: Report) -> dict[str, str]:
-    return dict(report.facts)
-
 
 # What the loop dealt with by itself is counted.
 
@@ -73,6 +34,33 @@ def test_losses_that_the_loop_dropped_are_counted():
     assert report.first is None
     assert facts(report)["non-finite losses that the loop dropped"] == "2"
     assert facts(report)["steps"] == "2"
+
+
+def test_outputs_that_the_loop_dropped_are_counted():
+    class LogLength(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).square().sum(1).log()
+
+    model = LogLength()
+    optimizer = sgd(model)
+
+    def loop() -> None:
+        for is_bad in (False, True, False):
+            output = model(rows(is_bad=is_bad))
+            if is_bad:
+                continue
+            optimizer.zero_grad()
+            output.square().mean().backward()
+            optimizer.step()
+
+    report = traced(loop, model, optimizer)
+
+    assert report.first is None
+    assert facts(report)["non-finite losses that the loop dropped"] == "1"
 
 
 def test_steps_that_the_loop_dropped_for_their_gradients_are_counted():
@@ -113,6 +101,7 @@ def test_steps_that_a_scaler_skipped_are_counted():
 
     assert 0 < num_skipped < 6
     assert report.first is None
+    assert set(facts(report)) == {"steps", "operations", "steps that the GradScaler skipped"}
     assert facts(report)["steps that the GradScaler skipped"] == str(num_skipped)
 
 
@@ -166,104 +155,6 @@ def test_the_part_of_an_accumulated_step_is_named(part: int):
     where = traced(loop, model, optimizer).first.location
 
     assert (where.phase, where.step, where.micro_step) == ("backward", 1, part)
-
-
-# Options.
-
-
-class Negative(nn.Module):
-    """A model whose output is -inf on purpose."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.linear(x)
-        return hidden, (hidden * 0).log()
-
-
-def evaluate(model: nn.Module) -> None:
-    with torch.no_grad():
-        model.eval()(rows())
-
-
-def train_on_the_first_output(model: nn.Module) -> None:
-    optimizer = sgd(model)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.train()(rows())[0].square().mean().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("outputs", "loop", "is_fault"),
-    [
-        ("auto", evaluate, True),
-        ("always", evaluate, True),
-        ("never", evaluate, False),
-        ("auto", train_on_the_first_output, False),
-        ("always", train_on_the_first_output, True),
-        ("never", train_on_the_first_output, False),
-    ],
-)
-def test_outputs_says_where_an_output_of_the_model_is_harm(outputs: str, loop: Callable, is_fault: bool):
-    model = Negative()
-
-    first = traced(lambda: loop(model), model, outputs=outputs).first
-
-    assert (first is not None) == is_fault
-    assert first is None or (first.location.op, first.location.phase) == ("aten::log", "forward")
-
-
-@pytest.mark.parametrize("outputs", ["sometimes", "", None, True])
-def test_outputs_of_another_name_are_refused(outputs: object):
-    with pytest.raises(ValueError, match="outputs is 'auto', 'always' or 'never', not"):
-        nanhunt.trace(linear(), outputs=outputs)
-
-
-@pytest.mark.parametrize("optimizer", [3, "sgd", nn.Linear(1, 1), [nn.Linear(1, 1)]])
-def test_an_optimizer_that_is_none_is_refused(optimizer: object):
-    with pytest.raises(TypeError, match="optimizer is a torch optimizer or a list of them, not "):
-        nanhunt.trace(linear(), optimizer)
-
-
-@pytest.mark.parametrize("kind", [list, tuple])
-def test_of_several_optimizers_the_first_counts_the_steps(kind: type):
-    model = nn.ModuleDict({"often": linear(), "seldom": linear()})
-    often, seldom = sgd(model["often"]), sgd(model["seldom"])
-
-    def loop() -> None:
-        for number in range(6):
-            often.zero_grad()
-            length(model["often"], rows()).backward()
-            often.step()
-            if number % 2:
-                seldom.zero_grad()
-                length(model["seldom"], rows(is_bad=number == 5)).backward()
-                seldom.step()
-
-    assert steps_of(traced(loop, model, kind([often, seldom]))) == ("6", 6)
-
-
-def steps_of(report: Report) -> tuple[str, int | None]:
-    return facts(report)["steps"], report.first.location.step
-
-
-def test_the_state_of_every_optimizer_is_looked_at_when_the_trace_begins():
-    model = nn.ModuleDict({"one": linear(), "two": linear()})
-    optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in model.values()]
-    train(model["two"], optimizers[1], [False])
-    optimizers[1].state[model["two"].weight]["exp_avg"][0, 0] = math.nan
-
-    def loop() -> None:
-        for part, optimizer in zip(model.values(), optimizers, strict=True):
-            train(part, optimizer, [False])
-
-    where = traced(loop, model, optimizers).first.location
-
-    assert (where.phase, where.op) == ("optimizer", "")
-    assert "exp_avg" in where.tensor
 
 
 # The block, and its end.
