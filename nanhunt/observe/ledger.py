@@ -36,7 +36,7 @@ from nanhunt.observe.memory import NO_BIRTHS, Memory, storage_key
 from nanhunt.observe.op_info import OpTraits, has_nonfinite_number, is_deliberate, is_log_of_mask, tensors_in, written
 from nanhunt.observe.origins import looks_like_mask
 from nanhunt.observe.written_over import was_nonfinite_before
-from nanhunt.records.ops import OpRecord, Sink, StateSource, ValueFacts
+from nanhunt.records.ops import OpRecord, Sink, SourceLine, StateSource, ValueFacts
 
 # Their values are seen where the inner operations, or the first forward pass, make them.
 _SEEN_LATER = ("tensor of torch.func", "lazy parameter")
@@ -73,6 +73,7 @@ class Ledger(Journal):
         self._origin = origin
         self._numbers: frozenset[int] = NO_BIRTHS
         self._unused: set[int] = set()
+        self._first_reads: dict[int, tuple[SourceLine | None, int, int]] = {}
         self._deliberate: set[int] = set()
         self._log_masks: set[int] = set()
 
@@ -106,19 +107,25 @@ class Ledger(Journal):
             # Perhaps the loss; who reads it as a number may end the step over it.
             self.read_numbers["loss"] = Sink("loss", "loss", value_facts(tensor), tuple(sorted(births)))
 
-    def _note_use(self, call: Call) -> None:
-        used = call.taint & self._unused
-        if used:
-            self._note_first_use(used)
+    def _note_use(self, call: Call, *, is_harmful: bool) -> None:
+        """What was non-finite before the step does harm where it is read.
 
-    def _note_first_use(self, indices: frozenset[int]) -> None:
-        """What was non-finite before the step does harm where it is read."""
-        line = self._places.here().source
-        for index in indices:
-            self.sources[-1 - index] = replace(
-                self.sources[-1 - index], source=line, step=self.step, micro_step=self.micro_step
-            )
-        self._unused -= indices
+        An optimizer reads all of a table of which the model reads a row; the first read by the model says more then.
+        """
+        used = call.taint & self._unused
+        if not used:
+            return
+        here = self._places.here()
+        for index in used:
+            first = self._first_reads.setdefault(index, (here.source, self.step, self.micro_step))
+            now = first if here.phase == "optimizer" else (here.source, self.step, self.micro_step)
+            if is_harmful:
+                source, step, micro_step = now
+                self.sources[-1 - index] = replace(
+                    self.sources[-1 - index], source=source, step=step, micro_step=micro_step
+                )
+        if is_harmful:
+            self._unused -= used
 
     def after(self, call: Call, output: Any) -> bool:
         """Looks at the results; tells whether a non-finite value was found among them."""
@@ -144,6 +151,7 @@ class Ledger(Journal):
         if bad:
             self._record_nonfinite(call, bad)
         elif fresh and not call.taint <= self._deliberate:
+            self._note_use(call, is_harmful=False)
             self._record(call, "kill", (), self._places.here())
         return bool(bad)
 
@@ -166,7 +174,7 @@ class Ledger(Journal):
         return True
 
     def _record_nonfinite(self, call: Call, bad: Sequence[Tensor]) -> None:
-        self._note_use(call)
+        self._note_use(call, is_harmful=True)
         makes_nan = any(nonfinite_kinds(tensor)[0] for tensor in bad)
         explained = call.saw_nan if makes_nan else (call.saw_nan or call.saw_inf)
         is_constant = is_deliberate(call.traits.name, call.args, call.kwargs, bad, makes_nan=makes_nan)

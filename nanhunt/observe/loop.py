@@ -11,6 +11,7 @@ NOTE on what counts as harm, and when it is certain.
 """
 
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -67,6 +68,7 @@ class LoopFollower(Harm):
         self._is_entered = self._is_called = self._has_trained = False
         self._evaluated: set[int] = set()
         self._roots: list[Tensor] = []
+        self._bare_leaves: list[weakref.ref[Tensor]] = []
         self._fault_step: int | None = None
         self._handles: list[Any] = []
         self._patches = Patches(self._tracer.guarded)
@@ -215,14 +217,14 @@ class LoopFollower(Harm):
             self._ledger.count_as_step()
         if self.optimizers and self._pending and not self.has_gradients():
             self._drop_pending()
+        self._look_at_bare_leaves()
         roots = self._roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         self._declare_roots(roots)
         if self._tracer.is_watchful:
             num_before = len(self._ledger.sinks)
             self._reached("loss", [("loss", root.detach()) for root in roots])
             fresh = self._ledger.sinks[num_before:]
-            is_scales_own = all(set(sink.births) <= self._ledger.scaling for sink in fresh)
-            if self.optimizers and (is_scales_own or not self._ledger.is_scaled):
+            if self.optimizers:
                 # Certain when the optimizer steps: until then the loop may drop it.
                 del self._ledger.sinks[num_before:]
                 self._pending += fresh
@@ -244,17 +246,27 @@ class LoopFollower(Harm):
                 self._pending += fresh
             else:
                 self._ledger.sinks += fresh
-        self._roots = []
         if not self.optimizers and not self._is_entered:
-            # Neither modules nor an optimizer tell where a step ends.
+            # Neither modules nor an optimizer tell what is trained, and where a step ends.
+            self._bare_leaves = [weakref.ref(leaf) for leaf in leaves_of(self._roots)]
             self._end_step()
+        self._roots = []
+
+    def _look_at_bare_leaves(self) -> None:
+        """An update by hand of tensors that no module holds is seen before the next backward pass."""
+        if self._bare_leaves and self._tracer.is_suspicious:
+            leaves = [leaf for reference in self._bare_leaves if (leaf := reference()) is not None]
+            self._reached("parameter", [("a tensor of no module", leaf.detach()) for leaf in leaves])
 
     def _begin_grad(self, outputs: Any, *args: Any, **kwargs: Any) -> None:
         """``torch.autograd.grad`` hands its results back; gradients that are differentiated again are no end."""
         self._abandoned = []
         self._ledger.read_numbers.clear()
         if not kwargs.get("create_graph") and not self.optimizers:
+            self._look_at_bare_leaves()
             roots = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            if not self._is_entered:
+                self._bare_leaves = [weakref.ref(leaf) for leaf in leaves_of(roots)]
             if all(root.numel() == 1 for root in roots):
                 self._declare_roots(roots)
                 self._reached("loss", [("loss", root.detach()) for root in roots])
@@ -263,6 +275,8 @@ class LoopFollower(Harm):
         """Without an optimizer, gradients that are not differentiated again are for an update by hand."""
         if not self.optimizers and not kwargs.get("create_graph"):
             self._went_backward = self._tracer.places.is_past_backward = True
+            if not self._is_entered:
+                self._end_step()
 
     # Steps.
 
@@ -354,9 +368,6 @@ class LoopFollower(Harm):
         self._went_backward = False
         self._ledger.is_scaled = False
         self._tracer.places.has_stepped = True
-        if not self._is_entered:
-            # Without modules nothing else tells where the next step begins.
-            self._tracer.places.is_past_backward = False
         self._tracer.end_step()
         if self._health is not None:
             self._tracer.guarded(self._health.begin_step, self._ledger.step)
@@ -364,9 +375,10 @@ class LoopFollower(Harm):
     def _finish(self) -> None:
         """The loop has ended: what was not dealt with counts."""
         self._scaling.finish()
+        self._look_at_bare_leaves()
         self._ledger.sinks += self._pending
         self._pending.clear()
-        if not self._tracer.places.is_past_backward:
+        if not self._tracer.places.is_past_backward or not (self._is_entered or self._went_backward):
             self._ledger.sinks += list(self._ledger.read_numbers.values()) or self._abandoned
         if self._tracer.is_watchful:
             self._reached("parameter", [(n, t.detach()) for kind, n, t in self.named_tensors() if kind == "parameter"])

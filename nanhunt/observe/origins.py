@@ -110,12 +110,13 @@ def _is_same(value: Any, wanted: int) -> bool:
 def looks_like_mask(origin: Origin, facts: ValueFacts) -> bool:
     """Whether a tensor that no traced operation wrote is a mask: all its non-finite values are -inf, beside zeros.
 
-    A mask that is part of the model may hold other numbers as well (distances, say), if it is a table of which a good
-    part is -inf.
+    A mask that is part of the model may hold other numbers as well (distances, say), if it is a square table, from
+    positions to positions, of which a good part is -inf.
     """
     if facts.num_neginf != facts.num_nonfinite or "running_" in origin.name or origin.phase == "backward":
         return False
     if not facts.abs_max or "mask" in origin.name.lower():
         return True
     is_table = origin.kind in ("buffer", "constant", "module attribute") and len(facts.shape) > 1
+    is_table = is_table and facts.shape[-1] == facts.shape[-2]
     return is_table and facts.num_neginf >= facts.num_elements / 5

@@ -90,9 +90,15 @@ class ScalingFollower:
     def _is_beyond_scaling(self) -> bool:
         """Whether the last skipped step began with a value that no scale makes finite: NaN, or a division by zero."""
         births = set(self._ledger.held[-1].births) if self._ledger.held else set()
+        if any(birth < 0 for birth in births):
+            # What went in was non-finite already.
+            return True
         first = min((record for record in self._ledger.records if record.index in births), key=_index, default=None)
         if first is None or first.index in self._ledger.scaling:
             return False
+        if first.phase == "forward":
+            # The scale comes after it.
+            return True
         if first.outputs and first.outputs[0].num_nan and not first.ingredients:
             return True
         evidence = self._tracer.evidence.get(first.index)
