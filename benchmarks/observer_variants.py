@@ -92,6 +92,16 @@ class Exact(Observer):
         return importlib.import_module("nanhunt.observe.exact").ExactTracer(work.model)
 
 
+class ExactOnly(Observer):
+    """``nanhunt.trace`` without the probe for finite trouble, which looks at the first 8 steps and at few later ones.
+
+    Blocks are short and begin anew, so that beside it every step of a block is one of the first.
+    """
+
+    def around(self, work: Workload) -> AbstractContextManager[Any]:  # noqa: D102
+        return nanhunt.trace(work.model, work.optimizer, finite=False)
+
+
 class DetectAnomaly(Observer):
     """``torch.autograd.detect_anomaly``."""
 
@@ -200,6 +210,7 @@ OBSERVERS: dict[str, Callable[[Path], Observer]] = {
     "sentinel": Sentinel,
     "module tracer": ModuleTracer,
     "exact tracer": Exact,
+    "exact, later steps": ExactOnly,
     "native floor": NativeFloor,
     "detect_anomaly": DetectAnomaly,
     "DebugMode": DebugMode,
