@@ -76,13 +76,13 @@ class Look:
 
     ``maker`` is the innermost call that made it, its own code included, and ``home`` the call in whose code it turned
     up; both None for what the loop made. ``place`` is where it is used: its home, or further out where it was handed
-    on. ``takers`` are the calls it was given to, ``handers`` the modules that handed it on in another form.
+    on. ``takers`` are the calls it was given to, ``givers`` the modules that handed it on in another form.
     ``gradient`` is None if none came or none was looked at.
     """
 
     __slots__ = (
         "gradient",
-        "handers",
+        "givers",
         "has_gradient",
         "home",
         "is_watched",
@@ -99,7 +99,7 @@ class Look:
         self.step, self.maker, self.home, self.place, self.value = step, maker, home, home, value
         self.has_gradient, self.is_watched = has_gradient, False
         self.takers: list[Call] = []
-        self.handers: list[Traced] = []
+        self.givers: list[Traced] = []
         self.gradient: Seen | None = None
         self.number = len(step.looks)
         self.slot = 0

@@ -220,7 +220,7 @@ def _hand_on(step: Step, traced: Traced, given: Any, output: Tensor) -> bool:
     look = worked_upon(step, given) if given is output else known_look(step, given)
     if look is None or look.value != FINITE or output.requires_grad is not look.has_gradient:
         return False
-    look.handers.append(traced)
+    look.givers.append(traced)
     know(step, output, look)
     return True
 
@@ -285,8 +285,8 @@ def _forward_fault(step: Step) -> ModuleFault | None:
 
 def _handed_fault(step: Step, looks: Sequence[Look]) -> ModuleFault | None:
     """The first module whose output was not looked at and is not finite as was thought, for its weights are not."""
-    handers = dict.fromkeys(hander for look in looks for hander in look.handers)
-    names = [hander.name for hander in handers if not hander.has_finite_state()]
+    givers = dict.fromkeys(giver for look in looks for giver in look.givers)
+    names = [giver.name for giver in givers if not giver.has_finite_state()]
     return ModuleFault("forward", (names[0],), *_count(step)) if names else None
 
 
@@ -359,7 +359,7 @@ def _backward_fault(step: Step) -> ModuleFault | None:
     blamed = [call for call in acting if not any(other.is_inside(call) for other in acting)]
     suspects = [call.traced for call in blamed]
     if not suspects:
-        others = [*first.handers, *(call.traced for call in first.innermost_takers())]
+        others = [*first.givers, *(call.traced for call in first.innermost_takers())]
         suspects = [traced for traced in others if not traced.acts and not traced.has_finite_state()]
     if not suspects and first.place is not None:
         suspects = [first.place.traced]
