@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanhunt.observe.health_step import Names, Readings, SampledStep, unseen
+from nanhunt.observe.health_step import Names, SampledStep, unseen
 from nanhunt.observe.module_path import ModulePath
+from nanhunt.observe.readings import Readings
 from nanhunt.records.health import (
     Health,
     InfiniteMoment,

@@ -81,8 +81,8 @@ class Look:
     """
 
     __slots__ = (
-        "gradient",
         "givers",
+        "gradient",
         "has_gradient",
         "home",
         "is_watched",
