@@ -339,8 +339,8 @@ def watch(model: nn.Module, optimizer: Optimizer, **options: Any) -> Watch:
             "record" goes on with the step. ``target``: what ``--target`` would be given to rebuild the model.
             ``config``: JSON data kept for that target. ``scaler``: the loop's ``GradScaler``, to be kept in the
             capture. ``start_step``: number of the first step. ``trace_finite``: also follow every module's output and
-            gradient (hooks for all modules; off the CPU read only at a fault). ``max_captures``: files written at most, 20; what
-            fails after that is reported and not saved.
+            gradient (hooks for all modules; off the CPU read only at a fault). ``max_captures``: files written at
+            most, 20; what fails after that is reported and not saved.
 
     Raises:
         ValueError: If ``on_fault`` is none of the three.
