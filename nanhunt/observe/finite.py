@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from nanhunt.records.ops import ValueFacts
 from nanhunt.records.steps import Tally
@@ -21,8 +21,6 @@ _SUMMED_WIDER = (torch.float16,)
 # Below this many elements, copying a tensor next to others costs less than a call of its own.
 _SMALL = 16384
 _FEW = 3
-_SMALL_LIST = 1 << 19
-_PLAIN_TYPES = (Tensor, Parameter)
 _PLAIN_FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16))
 _FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
 
@@ -100,38 +98,11 @@ def sums(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def list_is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every element of every tensor that can be read is finite.
-
-    Many small tensors, as a foreach optimizer writes them, are copied together for one sum.
-    """
+    """The same as ``all_finite`` for results of operations: often few, and perhaps zero tensors of autograd's."""
     if len(tensors) <= _FEW:
         return all(unreadable_kind(tensor) is not None or is_finite(tensor) for tensor in tensors)
-    num_elements = 0
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or tensor.dtype not in _PLAIN_FLOATS or tensor.layout is not torch.strided:
-            break
-        num_elements += tensor.numel()
-    else:
-        if num_elements < _SMALL_LIST and not any(map(_is_zerotensor, tensors)):
-            total = _joined(tensors).sum().item()
-            return total - total == 0.0 or all(map(is_finite, tensors))
-    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        if not can_hold_nonfinite(tensor) or unreadable_kind(tensor) is not None:
-            continue
-        if tensor.numel() < _SMALL and tensor.layout is torch.strided and not tensor.is_complex():
-            small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        elif not is_finite(tensor):
-            return False
-    return all(is_finite(_joined(group)) or all(map(is_finite, group)) for group in small.values())
-
-
-def _is_zerotensor(tensor: Tensor) -> bool:
-    return tensor._is_zerotensor()
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch._C._nn.flatten_dense_tensors(list(tensors)) if len(tensors) > 1 else tensors[0]
+    # A zero tensor, as autograd makes them, has no memory to read.
+    return all_finite([tensor for tensor in tensors if not tensor._is_zerotensor()])
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
