@@ -1,13 +1,15 @@
 """What the rules and experiments concluded; a report prints these and nothing else."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nanhunt.records.ops import SourceLine
 from nanhunt.records.steps import Determinism, ExperimentResult, GridCell, StepOutcome
 
 Severity = Literal["error", "warning"]
+"""An error makes values wrong or lost; a warning is worth a look before it does."""
+
 Certainty = Literal["tested", "observed", "unknown"]
 
 
@@ -106,6 +108,40 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class DataTable:
+    """Rows of what was measured.
+
+    Attributes:
+        title: What it is.
+        columns: Headings.
+        rows: Numbers and words, as many as there are headings.
+        note: What has to be known in order to read it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """Largest absolute values by module and step, as far as they were sampled; None where they were not.
+
+    Attributes:
+        modules: Dotted paths, in program order.
+        steps: Sampled steps.
+        activations: Of a module's outputs, a row for each module; NaN or infinite where they were.
+        gradients: Of the gradients with respect to them.
+    """
+
+    modules: tuple[str, ...]
+    steps: tuple[int, ...]
+    activations: tuple[tuple[float | None, ...], ...]
+    gradients: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a replay or a traced loop gave.
 
@@ -122,6 +158,10 @@ class Report:
         skips: What could not be done, and why.
         seconds: Wall time.
         num_steps: Steps replayed.
+        passes: Codes of the rules that looked and found nothing.
+        tables: What was measured, for a person to read.
+        magnitudes: How large values and gradients were, by module and step.
+        absence: What it means that there is no finding; empty for what a replay or a trace says.
     """
 
     title: str
@@ -136,8 +176,28 @@ class Report:
     skips: tuple[Skip, ...] = ()
     seconds: float = 0.0
     num_steps: int = 0
+    passes: tuple[str, ...] = ()
+    tables: tuple[DataTable, ...] = ()
+    magnitudes: Magnitudes | None = None
+    absence: str = ""
 
     @property
     def first(self) -> Finding | None:
         """The first offender, or None when nothing is wrong."""
         return self.findings[0] if self.findings else None
+
+    def ignoring(self, reasons: Mapping[str, str]) -> "Report":
+        """The report without the findings of some rules, which become skips with the reason.
+
+        Args:
+            reasons: Why, by rule code or name.
+        """
+        kept, skips = [], list(self.skips)
+        for finding in self.findings:
+            reason = reasons.get(finding.code, reasons.get(finding.name))
+            if reason is None:
+                kept.append(finding)
+            else:
+                where = finding.location.tensor or finding.location.module or finding.location.op
+                skips.append(Skip(" ".join((finding.code, finding.name, where)).strip(), f"ignored: {reason}"))
+        return replace(self, findings=tuple(kept), skips=tuple(skips))

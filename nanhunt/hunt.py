@@ -20,7 +20,7 @@ from nanhunt.observe.loop import LoopFollower, Outputs
 from nanhunt.observe.origins import find_origin
 from nanhunt.observe.ranks import Entry, Ranks, joined, rank
 from nanhunt.records.ops import OpRecord, StateSource, Trace
-from nanhunt.rules.registry import Case, judge, judge_health
+from nanhunt.rules.registry import Case, judge, judge_record
 
 
 class Hunt:
@@ -128,7 +128,7 @@ class Hunt:
             return
         last = findings[0].location.step if findings else None
         known = {finding.location.phase for finding in findings}
-        for finding in judge_health(self._health.records()):
+        for finding in judge_record(self._health.records()).findings:
             step = finding.location.step
             is_symptom = finding.severity == "error" and finding.location.phase in known
             if not is_symptom and (last is None or step is None or step <= last):

@@ -7,10 +7,12 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from nanhunt.cli import replay, rules, run
+from nanhunt.cli import audit, replay, rules, run
 from nanhunt.errors import NanhuntError, first_line
 
 GROUP = "nanhunt.commands"
+
+_CANNOT_BE_TESTED = 125
 
 app = typer.Typer(
     name="nanhunt",
@@ -38,6 +40,8 @@ def _load(point: EntryPoint) -> Callable[..., None]:
 
 app.command("run", context_settings=run.SETTINGS)(run.run)
 app.command("replay")(replay.replay)
+for _name in ("audit", *(f"audit-{part}" for part in audit.AUDITS)):
+    app.command(_name)(audit.verb(_name))
 app.command("rules")(rules.rules)
 app.command("explain")(rules.explain)
 for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
@@ -51,7 +55,20 @@ def _one_line(text: str) -> str:
 
 
 def main() -> None:
-    """Runs the program; errors of use are one line on standard error and exit code 2."""
+    """Runs the program; errors of use are one line on standard error and exit code 2.
+
+    With ``--git-bisect`` it is 125 in place of 2, which ``git bisect run`` takes for "cannot be tested".
+    """
+    try:
+        _run()
+    except SystemExit as ended:
+        # Looked up in the arguments, for a wrong use may be found before this option is.
+        if ended.code == NanhuntError.exit_code and "--git-bisect" in sys.argv[2:] and sys.argv[1] != "run":
+            ended.code = _CANNOT_BE_TESTED
+        raise
+
+
+def _run() -> None:
     out = sys.stdout
     try:
         try:

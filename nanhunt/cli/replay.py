@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nanhunt.findings import Report
+from nanhunt.cli.output import AsJson, FailOnOption, Format, GitBisect, Ignore, Out, deliver, exit_code
 from nanhunt.memory import keep_freed_memory
 
 
@@ -20,8 +20,13 @@ def replay(
         str | None,
         typer.Option(help="module:attribute or an installed name; by default the captured one.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     seeds: Annotated[int, typer.Option(min=0, help="Fresh initialisations to compare with.")] = 2,
+    as_json: AsJson = False,
+    form: Format = None,
+    out: Out = None,
+    fail_on: FailOnOption = "error",
+    git_bisect: GitBisect = False,
+    ignore: Ignore = None,
 ) -> None:
     """Runs a captured step again, names the operation that made it non-finite, and tests why.
 
@@ -36,8 +41,6 @@ def replay(
       nanhunt replay old_batch.pt --checkpoint last.pt --json > report.json
     """
     from nanhunt.experiments.replay import replay as run_replay
-    from nanhunt.reports import console as console_report
-    from nanhunt.reports import json_report
 
     keep_freed_memory()
 
@@ -51,18 +54,10 @@ def replay(
             num_seeds=seeds,
             progress=lambda what: status.update(f"replaying: {what}"),
         )
-    if as_json:
-        sys.stdout.write(json_report.render(report) + "\n")
+    is_unexplained = not report.findings and report.baseline is not None and not report.baseline.is_finite
+    if report.baseline is None and not report.findings:
+        code = 128 + 2
     else:
-        out = Console(highlight=False)
-        console_report.print_report(report, Console(highlight=False, width=min(out.width, 100)))
-    raise typer.Exit(_exit_code(report))
-
-
-def _exit_code(report: Report) -> int:
-    """1 for a fault, also one that no operation was found for; as a shell has it where Ctrl-C came before the step."""
-    if report.findings:
-        return 1
-    if report.baseline is None:
-        return 128 + 2
-    return 0 if report.baseline.is_finite else 1
+        code = 1 if is_unexplained and fail_on != "never" else 0
+    report = deliver(report, as_json=as_json, form=form, out=out, ignore=ignore)
+    raise typer.Exit(code or exit_code(report, fail_on))

@@ -1,43 +1,62 @@
 """``nanhunt rules`` and ``nanhunt explain``: what the rules are. Neither imports torch."""
 
+import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nanhunt.errors import NanhuntError
-from nanhunt.rules.registry import Rule, all_rules
+from nanhunt.rules.pages import find_rule, page, parts
+from nanhunt.rules.registry import Rule, find_rules
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def rules() -> None:
-    """Lists the rules: code, name, and the cause each names.
+def rules(as_json: _AsJson = False) -> None:
+    """Lists the rules: code, status, name, and what it says when it applies.
 
-    Example:  nanhunt rules
+    Examples:
+      nanhunt rules
+
+      nanhunt rules --json
     """
-    for rule in all_rules():
-        sys.stdout.write(f"{rule.code}  {rule.name:<32} {rule.cause}\n")
+    found = find_rules()
+    if as_json:
+        sys.stdout.write(json.dumps([_fields(rule) for rule in found.rules], indent=2) + "\n")
+    else:
+        for rule in found.rules:
+            sys.stdout.write(f"{rule.code}  {rule.name:<34} {rule.severity:<8} {rule.status}\n")
+    for skip in found.unusable:
+        sys.stderr.write(f"nanhunt: {skip.what} cannot be used: {skip.reason}\n")
 
 
-def explain(code: Annotated[str, typer.Argument(help="A code such as NH203, or a rule's name.")]) -> None:
+def explain(
+    code: Annotated[str, typer.Argument(help="A code such as NH203, or a rule's name.", show_default=False)],
+    as_json: _AsJson = False,
+) -> None:
     """Explains one rule: what it looks at, why it matters, what to use instead.
 
-    Example:  nanhunt explain NH203
+    Examples:
+      nanhunt explain NH203
+
+      nanhunt explain log-of-nonpositive --json
     """
-    sys.stdout.write(page(find_rule(code)) + "\n")
+    rule = find_rule(code)
+    if not as_json:
+        sys.stdout.write(page(rule) + "\n")
+        return
+    text = parts(rule)
+    fields = {**_fields(rule), "summary": text.summary, "sections": dict(text.sections)}
+    sys.stdout.write(json.dumps(fields, indent=2) + "\n")
 
 
-def find_rule(code: str) -> Rule:
-    """The rule with this code or name.
-
-    Raises:
-        NanhuntError: If there is none.
-    """
-    for rule in all_rules():
-        if code.upper() == rule.code or code == rule.name:
-            return rule
-    raise NanhuntError(f"no rule {code!r}", help="`nanhunt rules` lists them")
-
-
-def page(rule: Rule) -> str:
-    """The explain page: the docstring of the rule's file under its code."""
-    return f"{rule.code} {(sys.modules[rule.judge.__module__].__doc__ or '').strip()}"
+def _fields(rule: Rule) -> dict[str, Any]:
+    return {
+        "code": rule.code,
+        "name": rule.name,
+        "cause": rule.cause,
+        "severity": rule.severity,
+        "status": rule.status,
+        "judges": rule.judges.__name__,
+        "module": rule.module,
+    }

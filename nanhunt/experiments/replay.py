@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from nanhunt.capture.format import Capture, load_archive, read_capture
+from nanhunt.capture.checkpoint import read_checkpoint
+from nanhunt.capture.format import Capture, read_capture
 from nanhunt.capture.replay import Replayer
 from nanhunt.capture.step import Batches, Change, ReplayedStep
-from nanhunt.errors import CaptureError, TargetError, first_line
+from nanhunt.errors import TargetError, first_line
 from nanhunt.experiments.changes import Diagnosis, proposed_changes
 from nanhunt.experiments.verdict import LEGACY_LIMITS, decide
 from nanhunt.findings import ChainLink, Finding, Report, Skip
@@ -26,8 +25,6 @@ from nanhunt.rules.registry import Case, judge
 from nanhunt.targets import Target, find_target
 
 Progress = Callable[[str], None]
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def replay(
@@ -65,30 +62,6 @@ def replay(
     except KeyboardInterrupt:
         session.skips.append(Skip("the rest of the replay", "interrupted"))
     return replace(session.report(), seconds=time.perf_counter() - started)
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The model weights of a checkpoint, by name.
-
-    Raises:
-        CaptureError: If the file cannot be read or holds no state dict.
-    """
-    content = load_archive(path)
-    for key in ("model_state_dict", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(map(_is_weight, content.items())):
-        raise CaptureError(
-            f"{path} holds no model weights", help="expected a state dict, or model_state_dict inside one"
-        )
-    # DistributedDataParallel and torch.compile each prefix every name.
-    while prefix := next((one for one in _WRAPPERS if all(name.startswith(one) for name in content)), ""):
-        content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return content
-
-
-def _is_weight(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _target(target: Any, capture: Capture) -> Target:

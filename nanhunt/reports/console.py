@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from nanhunt.findings import ChainLink, Finding, Location, Report
+from nanhunt.findings import ChainLink, DataTable, Finding, Location, Report
 from nanhunt.numerics import count
 from nanhunt.records.steps import ExperimentResult, GridCell, StepOutcome
 
@@ -59,6 +59,9 @@ def _print_sections(report: Report, console: Console) -> None:
     if report.experiments:
         _section(console, "the same step with one thing changed")
         _print_experiments(report.experiments, console)
+    for table in report.tables:
+        _section(console, table.title)
+        _print_data(table, console)
     if report.skips:
         _section(console, "not done")
         for skip in report.skips:
@@ -67,7 +70,7 @@ def _print_sections(report: Report, console: Console) -> None:
     for sentence in report.verdict.sentences:
         _wrapped(console, sentence, "  - ")
     console.print()
-    run = f"{count(report.num_steps, 'step')} run" if report.determinism is not None else "traced"
+    run = f"{count(report.num_steps, 'step')} run" if report.determinism is not None else "done"
     console.print(_text(f"{run} in {report.seconds:.1f} s", "dim"))
 
 
@@ -90,6 +93,8 @@ def _determinism(report: Report) -> Iterator[tuple[str, str]]:
 
 def _nothing_found(report: Report) -> str:
     """What the absence of a finding means, which is not always that all is well."""
+    if report.absence:
+        return report.absence
     if report.baseline is not None and not report.baseline.is_finite:
         return "the step is not finite, but no operation was found that began it"
     return "no operation was found to make a non-finite value that does harm"
@@ -162,6 +167,15 @@ def _print_experiments(experiments: Iterable[ExperimentResult], console: Console
         note = f" ({result.note})" if finite and result.note else ""
         table.add_row(word, norm, zero, _text(f"{result.title}{note}"))
     console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _print_data(data: DataTable, console: Console) -> None:
+    table = _table(*data.columns)
+    for row in data.rows:
+        table.add_row(*(_text(_number(value)) for value in row))
+    console.print(Padding(table, (0, 0, 0, 2)))
+    if data.note:
+        _wrapped(console, data.note, "  ")
 
 
 def _phases(outcome: StepOutcome) -> tuple[Text, Text, Text]:

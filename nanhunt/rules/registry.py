@@ -1,17 +1,24 @@
-"""What a rule is, and how the rules are found."""
+"""What a rule is, how the rules are found, and how they are asked."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import nanhunt.rules
-from nanhunt.findings import Finding, Location, Severity
+from nanhunt.errors import first_line
+from nanhunt.findings import Finding, Location, Severity, Skip
 from nanhunt.records.evidence import OffenderEvidence, Operand
-from nanhunt.records.health import Health
 from nanhunt.records.ops import OpRecord, StateSource, Trace
+
+GROUP = "nanhunt.rules"
+"""Entry points of this group are rules of other packages."""
+
+Status = Literal["preview", "stable", "deprecated"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class Judgement:
         evidence: Its numbers.
         notes: The context.
         help: What to try.
-        location: Where, in a run's health; the offender of a step has its own.
+        location: Where; the offender of a step has its own.
+        severity: Of this finding, where it is not the rule's.
     """
 
     message: str
@@ -62,6 +70,11 @@ class Judgement:
     notes: tuple[str, ...] = ()
     help: tuple[str, ...] = ()
     location: Location | None = None
+    severity: Severity | None = None
+
+
+Outcome = Judgement | Skip | None | tuple["Judgement | Skip", ...]
+"""What a rule may answer: one judgement or several, why it could not judge, or that nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -72,62 +85,144 @@ class Rule:
         code: ``NH203``.
         name: Kebab case; names the fault.
         cause: Kebab-case cause, or ``unknown`` for a rule that only says where.
-        judge: The judgement, or None where the predicate does not hold.
-        judges: What it is given: the first offender of a step, or the health of a run.
-        severity: Of its findings.
+        judge: What it says of a record. Of a first offender: a judgement, or None where the predicate does not hold. Of
+            other records it may also say several things, or why it cannot judge.
+        judges: Type of the record it is given: the first offender of a step, the health of a run, an audit.
+        severity: Of its findings, by default.
+        status: ``preview`` while its thresholds may still move, ``deprecated`` before it goes.
     """
 
     code: str
     name: str
     cause: str
-    judge: Callable[[Any], Judgement | None]
-    judges: type[Case] | type[Health] = Case
+    judge: Callable[[Any], Outcome]
+    judges: type = Case
     severity: Severity = "error"
+    status: Status = "stable"
+
+    @property
+    def module(self) -> str:
+        """Name of the module it stands in."""
+        return self.judge.__module__
+
+    @property
+    def doc(self) -> str:
+        """The docstring of its file, which is its page."""
+        return (sys.modules[self.module].__doc__ or "").strip()
+
+
+class Found(NamedTuple):
+    """The rules that are there, and those of other packages that cannot be loaded."""
+
+    rules: tuple[Rule, ...]
+    unusable: tuple[Skip, ...]
 
 
 @cache
+def find_rules() -> Found:
+    """Every rule, by code: those of this folder, then those of installed packages.
+
+    Raises:
+        ValueError: If two rules have the same code.
+    """
+    names = sorted(module.name for module in iter_modules(nanhunt.rules.__path__) if module.name.startswith("nh"))
+    rules = [import_module(f"nanhunt.rules.{name}").RULE for name in names]
+    unusable = []
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            rule = point.load()
+        except Exception as error:  # noqa: BLE001 - another package's code; the reason becomes a skip
+            unusable.append(
+                Skip(f"the rule {point.name} ({point.value})", f"{type(error).__name__}: {first_line(error)}")
+            )
+            continue
+        if isinstance(rule, Rule):
+            rules.append(rule)
+        else:
+            unusable.append(
+                Skip(f"the rule {point.name} ({point.value})", f"it is a {type(rule).__name__}, not a Rule")
+            )
+    rules.sort(key=lambda rule: rule.code)
+    codes = [rule.code for rule in rules]
+    taken = sorted({code for code in codes if codes.count(code) > 1})
+    if taken:
+        raise ValueError(f"rule code {taken[0]} is taken twice")
+    return Found(tuple(rules), tuple(unusable))
+
+
 def all_rules() -> tuple[Rule, ...]:
     """Every rule, by code.
 
     Raises:
         ValueError: If two rules have the same code.
     """
-    names = sorted(module.name for module in iter_modules(nanhunt.rules.__path__) if module.name.startswith("nh"))
-    rules = tuple(import_module(f"nanhunt.rules.{name}").RULE for name in names)
-    codes = [rule.code for rule in rules]
-    taken = sorted({code for code in codes if codes.count(code) > 1})
-    if taken:
-        raise ValueError(f"rule code {taken[0]} is taken twice")
-    return rules
+    return find_rules().rules
 
 
 def judge(case: Case) -> Finding:
     """The finding for the first offender: of the first rule that names a cause, else of the one that says where."""
     rules = [rule for rule in all_rules() if rule.judges is Case]
     ordered = sorted(rules, key=lambda rule: (rule.cause == "unknown", rule.code))
+    failed: list[str] = []
     for rule in ordered:
-        judgement = rule.judge(case)
-        if judgement is not None:
-            return _finding(rule, judgement, locate(case), _own_backward(case))
+        judgement = _asked(rule, case)
+        if isinstance(judgement, Judgement):
+            notes = (*_own_backward(case), *failed)
+            return _finding(rule, judgement, judgement.location or locate(case), notes)
+        if isinstance(judgement, Skip):
+            failed.append(f"{rule.code} {rule.name} could not judge: {judgement.reason}")
     raise ValueError(f"no rule covers {case.offender}")
 
 
-def judge_health(health: Health) -> list[Finding]:
-    """What is wrong with a run whose values are finite, the earliest step first; empty for a healthy one."""
-    findings = []
+def _asked(rule: Rule, record: Any) -> Outcome:
+    """What the rule says; its own failure is a reason for not judging, never the end of the report."""
+    try:
+        return rule.judge(record)
+    except Exception as error:  # noqa: BLE001 - a rule may be anybody's, and records come from files
+        return Skip(rule.code, f"the rule failed: {type(error).__name__}: {first_line(error)}")
+
+
+class Judged(NamedTuple):
+    """What the rules say of one record.
+
+    Attributes:
+        findings: What is wrong, the earliest step first, then errors first.
+        passes: Codes of the rules that found nothing wrong.
+        skips: Rules that could not judge.
+    """
+
+    findings: tuple[Finding, ...]
+    passes: tuple[str, ...]
+    skips: tuple[Skip, ...]
+
+
+def judge_record(record: Any) -> Judged:
+    """What every rule for this type of record says of it."""
+    findings: list[Finding] = []
+    passes: list[str] = []
+    skips: list[Skip] = list(find_rules().unusable)
     for rule in all_rules():
-        judgement = rule.judge(health) if rule.judges is Health else None
-        if judgement is not None:
-            assert judgement.location is not None
-            findings.append(_finding(rule, judgement, judgement.location))
-    return sorted(findings, key=lambda finding: (finding.location.step or 0, finding.code))
+        if rule.judges is not type(record):
+            continue
+        outcome = _asked(rule, record)
+        answers = outcome if isinstance(outcome, tuple) else (outcome,) if outcome is not None else ()
+        if not answers:
+            passes.append(rule.code)
+        for answer in answers:
+            if isinstance(answer, Skip):
+                skips.append(Skip(f"{rule.code} {rule.name}", answer.reason))
+            else:
+                assert answer.location is not None
+                findings.append(_finding(rule, answer, answer.location))
+    findings.sort(key=lambda found: (found.location.step or 0, found.severity != "error", found.code))
+    return Judged(tuple(findings), tuple(passes), tuple(skips))
 
 
 def _finding(rule: Rule, judgement: Judgement, location: Location, notes: tuple[str, ...] = ()) -> Finding:
     return Finding(
         code=rule.code,
         name=rule.name,
-        severity=rule.severity,
+        severity=judgement.severity or rule.severity,
         certainty="unknown" if rule.cause == "unknown" else "observed",
         cause=rule.cause,
         message=judgement.message,

@@ -10,7 +10,7 @@ from tiny_step import Gated, Tiny, batch, reasons, rewritten, train
 from torch import Tensor, nn
 
 import nanhunt
-from nanhunt.experiments.replay import read_checkpoint
+from nanhunt.capture.checkpoint import read_checkpoint
 
 NAN = math.nan
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import nanhunt.rules
-from nanhunt.cli.rules import find_rule, page
 from nanhunt.errors import NanhuntError
 from nanhunt.findings import Finding
 from nanhunt.records.health import Health
 from nanhunt.records.ops import OpRecord, StateSource, ValueFacts
 from nanhunt.rules import registry
-from nanhunt.rules.registry import Case, Rule, all_rules, judge, judge_health
+from nanhunt.rules.pages import find_rule, page
+from nanhunt.rules.registry import Case, Rule, all_rules, judge, judge_record
 
 FILES = sorted(path.stem for path in Path(nanhunt.rules.__path__[0]).glob("nh*.py"))
 MODULES = [import_module(f"nanhunt.rules.{name}") for name in FILES]
@@ -66,7 +66,7 @@ def test_a_code_used_twice_is_refused(monkeypatch):
     taken = all_rules()[0]
     monkeypatch.setattr(registry, "import_module", lambda name: type("module", (), {"RULE": taken}))
     with pytest.raises(ValueError, match=f"rule code {taken.code} is taken twice"):
-        all_rules.__wrapped__()
+        registry.find_rules.__wrapped__()
 
 
 @each_rule
@@ -103,7 +103,7 @@ def test_a_flagged_example_becomes_a_finding_of_its_rule(rule: Rule, case: Case)
 
 @pytest.mark.parametrize(("rule", "health"), examples("FLAGGED", (Health,)))
 def test_a_flagged_run_has_a_finding_of_its_rule(rule: Rule, health: Health):
-    (finding,) = (finding for finding in judge_health(health) if finding.code == rule.code)
+    (finding,) = (finding for finding in judge_record(health).findings if finding.code == rule.code)
     assert (finding.name, finding.cause, finding.severity) == (rule.name, rule.cause, rule.severity)
     assert finding.certainty == "observed"
     assert finding.location.step is not None
@@ -112,7 +112,7 @@ def test_a_flagged_run_has_a_finding_of_its_rule(rule: Rule, health: Health):
 
 @pytest.mark.parametrize(("rule", "health"), examples("CLEAN", (Health,)))
 def test_a_clean_run_has_no_finding_of_any_rule(rule: Rule, health: Health):
-    assert judge_health(health) == []
+    assert judge_record(health).findings == ()
 
 
 def test_only_an_infinite_moment_and_a_collapsed_scale_are_errors_of_a_run():
@@ -125,7 +125,7 @@ def test_only_an_infinite_moment_and_a_collapsed_scale_are_errors_of_a_run():
 def test_the_earliest_finding_of_a_run_comes_first():
     late, early = (module.FLAGGED[0] for module in MODULES if module.RULE.code in ("NH303", "NH204"))
     health = replace(late, moments=late.moments or early.moments, steps=late.steps or early.steps)
-    found = [(finding.location.step, finding.code) for finding in judge_health(health)]
+    found = [(finding.location.step, finding.code) for finding in judge_record(health).findings]
     assert found == [(0, "NH204"), (5, "NH303")]
 
 

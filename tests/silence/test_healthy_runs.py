@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nanhunt.findings import Finding
 from nanhunt.observe.health import HealthProbe
-from nanhunt.rules.registry import judge_health
+from nanhunt.rules.registry import judge_record
 
 NUM_STEPS = 48
 
@@ -46,7 +46,7 @@ class Run:
                 self.after()
             health = probe.records()
         assert health.problems == ()
-        return judge_health(health)
+        return judge_record(health).findings
 
     def _step(self, probe: HealthProbe, step: int, optimizer: Any, loss: Tensor, names: dict[int, str]) -> None:
         optimizer.zero_grad()

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nanhunt.capture.checkpoint import read_checkpoint
 from nanhunt.capture.format import Capture, load_archive, read_capture, write_capture
 from nanhunt.errors import CaptureError
-from nanhunt.experiments.replay import read_checkpoint
 
 
 @pytest.fixture(scope="module")
