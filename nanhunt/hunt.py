@@ -114,7 +114,8 @@ class Hunt:
 
     def _finding(self, offender: OpRecord | StateSource, trace: Trace) -> Finding:
         evidence = self._tracer.evidence.get(offender.index) if isinstance(offender, OpRecord) else None
-        finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, self._rank))
+        health = self._health.records() if self._health is not None else None
+        finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, self._rank, health))
         where = finding.location
         if where.tensor or where.forward_op or where.phase not in ("optimizer", "backward"):
             return finding

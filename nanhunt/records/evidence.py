@@ -50,6 +50,21 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class BackwardEvidence:
+    """What the forward operation held where its backward pass went wrong.
+
+    Attributes:
+        operands: Inputs of the forward operation, at the offending elements.
+        results: Its output there.
+        gradients: The gradient that came in there.
+    """
+
+    operands: tuple[Operand, ...] = ()
+    results: tuple[float, ...] = ()
+    gradients: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class OffenderEvidence:
     """What a rule needs in order to name a cause.
 
@@ -60,6 +75,7 @@ class OffenderEvidence:
         operands: The inputs.
         spectrum: Where the forward operation is a spectral decomposition.
         rows_all_neginf: Rows that were -inf throughout, for an operation along one dimension such as softmax.
+        backward: For a backward operation, what its forward operation held.
     """
 
     num_offending: int
@@ -68,3 +84,4 @@ class OffenderEvidence:
     operands: tuple[Operand, ...] = ()
     spectrum: Spectrum | None = None
     rows_all_neginf: int | None = None
+    backward: BackwardEvidence | None = None

@@ -13,6 +13,7 @@ import nanhunt.rules
 from nanhunt.errors import first_line
 from nanhunt.findings import Finding, Location, Severity, Skip
 from nanhunt.records.evidence import OffenderEvidence, Operand
+from nanhunt.records.health import Health
 from nanhunt.records.ops import OpRecord, StateSource, Trace
 
 GROUP = "nanhunt.rules"
@@ -32,6 +33,7 @@ class Case:
         step: Optimizer step.
         micro_step: Part of an accumulated step.
         rank: Process of a distributed run.
+        health: The run up to there, while it was finite; None where nobody looked.
     """
 
     offender: OpRecord | StateSource
@@ -40,6 +42,7 @@ class Case:
     step: int = 0
     micro_step: int = 0
     rank: int = 0
+    health: Health | None = None
 
     @property
     def op(self) -> OpRecord | None:
