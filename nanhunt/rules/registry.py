@@ -93,6 +93,7 @@ class Rule:
         judges: Type of the record it is given: the first offender of a step, the health of a run, an audit.
         severity: Of its findings, by default.
         status: ``preview`` while its thresholds may still move, ``deprecated`` before it goes.
+        goes_before: Codes of the rules that say less where this one holds as well.
     """
 
     code: str
@@ -102,6 +103,7 @@ class Rule:
     judges: type = Case
     severity: Severity = "error"
     status: Status = "stable"
+    goes_before: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -163,18 +165,21 @@ def all_rules() -> tuple[Rule, ...]:
 
 
 def judge(case: Case) -> Finding:
-    """The finding for the first offender: of the first rule that names a cause, else of the one that says where."""
-    rules = [rule for rule in all_rules() if rule.judges is Case]
-    ordered = sorted(rules, key=lambda rule: (rule.cause == "unknown", rule.code))
-    failed: list[str] = []
-    for rule in ordered:
-        judgement = _asked(rule, case)
-        if isinstance(judgement, Judgement):
-            notes = (*_own_backward(case), *failed)
-            return _finding(rule, judgement, judgement.location or locate(case), notes)
-        if isinstance(judgement, Skip):
-            failed.append(f"{rule.code} {rule.name} could not judge: {judgement.reason}")
-    raise ValueError(f"no rule covers {case.offender}")
+    """The finding for the first offender: of a rule that names a cause, else of the one that says where.
+
+    Where several name one, the rule that says more goes first, then the lower code.
+    """
+    answers = {rule.code: _asked(rule, case) for rule in all_rules() if rule.judges is Case}
+    holding = [rule for rule in all_rules() if isinstance(answers.get(rule.code), Judgement)]
+    said_better = {code for rule in holding for code in rule.goes_before}
+    holding.sort(key=lambda rule: (rule.cause == "unknown", rule.code in said_better, rule.code))
+    if not holding:
+        raise ValueError(f"no rule covers {case.offender}")
+    judgement = answers[holding[0].code]
+    assert isinstance(judgement, Judgement)
+    failed = [f"{code} could not judge: {said.reason}" for code, said in answers.items() if isinstance(said, Skip)]
+    notes = (*_own_backward(case), *failed)
+    return _finding(holding[0], judgement, judgement.location or locate(case), notes)
 
 
 def _asked(rule: Rule, record: Any) -> Outcome:
