@@ -79,10 +79,19 @@ class Skip:
 
 @dataclass(frozen=True)
 class ChainLink:
-    """One station on the way from the offender to the sinks."""
+    """One station on the way from the offender to the sinks.
+
+    Attributes:
+        what: The station.
+        detail: What was seen there.
+        num_nonfinite: Non-finite elements there; None where they were not counted.
+        num_elements: All elements there.
+    """
 
     what: str
     detail: str
+    num_nonfinite: int | None = None
+    num_elements: int | None = None
 
 
 @dataclass(frozen=True)

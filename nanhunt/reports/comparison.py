@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from nanhunt.findings import Finding
 from nanhunt.numerics import count
 from nanhunt.records.comparison import Difference, StepRun
-from nanhunt.reports.console import WIDTH, short_path
+from nanhunt.reports.console import WIDTH
+from nanhunt.reports.words import short_path
 
 _MAX_NAMES = 3
 

@@ -2,21 +2,24 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from nanhunt.findings import ChainLink, DataTable, Finding, Location, Report
+from nanhunt.findings import ChainLink, DataTable, Finding, Report
 from nanhunt.numerics import count
 from nanhunt.records.steps import ExperimentResult, GridCell, StepOutcome
+from nanhunt.reports.words import cause_of, is_numeric, line_of, nothing_found, place, printable, shown, summary
 
-SUFFIX = ".txt"
 WIDTH = 80
+
+_MAX_ROWS = 60
+# Below this, a column of words is rather a heap of letters.
+_MIN_WORDS = 12
 
 # Tables are padded to their full width; among the blanks stand the codes that begin and end a colour.
 _TRAILING = re.compile(r"(?: |\x1b\[[0-9;]*m)+$", re.MULTILINE)
@@ -70,8 +73,7 @@ def _print_sections(report: Report, console: Console) -> None:
     for sentence in report.verdict.sentences:
         _wrapped(console, sentence, "  - ")
     console.print()
-    run = f"{count(report.num_steps, 'step')} run" if report.determinism is not None else "done"
-    console.print(_text(f"{run} in {report.seconds:.1f} s", "dim"))
+    _wrapped(console, _text(summary(report), "dim"), "")
 
 
 def _print_head(report: Report, console: Console) -> None:
@@ -82,7 +84,7 @@ def _print_head(report: Report, console: Console) -> None:
     console.print(Padding(table, (0, 0, 0, 2)))
     if not report.findings:
         console.print()
-        _wrapped(console, _nothing_found(report), "")
+        _wrapped(console, nothing_found(report), "")
 
 
 def _determinism(report: Report) -> Iterator[tuple[str, str]]:
@@ -91,23 +93,11 @@ def _determinism(report: Report) -> Iterator[tuple[str, str]]:
         yield "determinism", f"{report.determinism.status}{detail}"
 
 
-def _nothing_found(report: Report) -> str:
-    """What the absence of a finding means, which is not always that all is well."""
-    if report.absence:
-        return report.absence
-    if report.baseline is not None and not report.baseline.is_finite:
-        return "the step is not finite, but no operation was found that began it"
-    return "no operation was found to make a non-finite value that does harm"
-
-
 def _print_finding(finding: Finding, console: Console) -> None:
     head = _text(f"{finding.severity}[{finding.code}]", _STYLES[finding.severity])
     _wrapped(console, head.append_text(_text(f": {finding.message}", "bold")), "", "    ")
     where = finding.location
-    named = " of ".join(part for part in (where.op, where.forward_op) if part)
-    place = ", ".join(part for part in (named, where.phase, *_numbers(where)) if part)
-    line = f"{short_path(where.source.file)}:{where.source.line}" if where.source is not None else ""
-    for text in (place, where.tensor or where.module, line):
+    for text in (place(where), where.tensor or where.module, line_of(where)):
         if text:
             _wrapped(console, text, "  --> ")
     if where.source is not None and where.source.text:
@@ -116,25 +106,14 @@ def _print_finding(finding: Finding, console: Console) -> None:
         console.print("   |")
         width = max(len(key) for key in finding.evidence)
         for key, value in finding.evidence.items():
-            _wrapped(console, _number(value), f"   |  {key:<{width}} = ", f"   |  {'':<{width}}   ")
+            _wrapped(console, shown(value), f"   |  {key:<{width}} = ", f"   |  {'':<{width}}   ")
     console.print("   |")
-    certainty = "" if finding.cause == finding.certainty else f" ({finding.certainty})"
-    _wrapped(console, f"{finding.cause}{certainty}", "   = cause: ")
+    _wrapped(console, cause_of(finding), "   = cause: ")
     for note in finding.notes:
         _wrapped(console, note, "   = note: ")
     for text in finding.help:
         _wrapped(console, text, "   = help: ")
     _wrapped(console, f"nanhunt explain {finding.code}", "   = explain: ")
-
-
-def _numbers(where: Location) -> Iterator[str]:
-    """Step, part of the step and process, as far as they say something."""
-    if where.step is not None:
-        yield f"step {where.step}"
-    if where.micro_step:
-        yield f"micro-step {where.micro_step}"
-    if where.rank:
-        yield f"rank {where.rank}"
 
 
 def _print_chain(chain: Iterable[ChainLink], console: Console) -> None:
@@ -170,12 +149,48 @@ def _print_experiments(experiments: Iterable[ExperimentResult], console: Console
 
 
 def _print_data(data: DataTable, console: Console) -> None:
-    table = _table(*data.columns)
-    for row in data.rows:
-        table.add_row(*(_text(_number(value)) for value in row))
-    console.print(Padding(table, (0, 0, 0, 2)))
+    rows = [[shown(value, 6) for value in row] for row in data.rows[:_MAX_ROWS]]
+    is_number = [is_numeric(row[column] for row in data.rows) for column in range(len(data.columns))]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    widths = _column_widths([list(data.columns), *rows], is_number, console.width - 2)
+    for heading, numeric, width in zip(data.columns, is_number, widths or [], strict=False):
+        table.add_column(_text(heading), overflow="fold", justify="right" if numeric else "left", width=width)
+    if not rows:
+        _wrapped(console, "none", "  ")
+    elif widths is None:
+        _print_stacked(data.columns, rows, console)
+    else:
+        for row in rows:
+            table.add_row(*(_text(value) for value in row))
+        console.print(Padding(table, (0, 0, 0, 2)))
+    rest = len(data.rows) - len(rows)
+    if rest:
+        _wrapped(console, f"and {count(rest, 'row')} more, in the report as JSON (--format json)", "  ")
     if data.note:
         _wrapped(console, data.note, "  ")
+
+
+def _print_stacked(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Rows one under the other, for tables with too many columns to stand side by side."""
+    for row in rows:
+        _wrapped(console, row[0], "  ", "      ")
+        parts = (f"{heading} {value}" for heading, value in zip(columns[1:], row[1:], strict=True) if value)
+        _wrapped(console, ", ".join(parts), "      ")
+
+
+def _column_widths(rows: Sequence[Sequence[str]], is_number: Sequence[bool], width: int) -> list[int] | None:
+    """How wide each column is so that all fit; numbers are never broken. None where that cannot be."""
+    natural = [max((cell_len(printable(text)) for text in column), default=0) for column in zip(*rows, strict=True)]
+    room = width - 2 * (len(natural) - 1)
+    words = [position for position, numeric in enumerate(is_number) if not numeric]
+    room -= sum(size for size, numeric in zip(natural, is_number, strict=True) if numeric)
+    while (excess := sum(natural[position] for position in words) - room) > 0:
+        widest = max(words, key=lambda position: natural[position], default=None)
+        if widest is None or natural[widest] <= _MIN_WORDS:
+            return None
+        second = max((natural[position] for position in words if natural[position] < natural[widest]), default=0)
+        natural[widest] = max(natural[widest] - excess, min(second, natural[widest] - 1), _MIN_WORDS)
+    return natural
 
 
 def _phases(outcome: StepOutcome) -> tuple[Text, Text, Text]:
@@ -223,24 +238,5 @@ def _wrapped(console: Console, text: str | Text, lead: str, next_lead: str | Non
 
 
 def _text(text: str, style: str = "") -> Text:
-    """The text as it is: no markup, and nothing a terminal would obey, for names and paths come from files."""
-    shown = text.expandtabs(4)
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown), style=style)
-
-
-def short_path(file: str) -> str:
-    """The file as seen from the working folder, where it lies below it."""
-    try:
-        return str(Path(file).relative_to(Path.cwd()))
-    except ValueError:
-        return file
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_number(item) for item in value)}]"
-    return str(value)
+    """The text as it is, without markup."""
+    return Text(printable(text), style=style)

@@ -1,6 +1,7 @@
 """The report as JSON: numbers stay numbers, non-finite ones become the strings NaN, Infinity and -Infinity.
 
-The schema is the fields of ``nanhunt.findings.Report``; ``schema_version`` counts up when one is renamed or removed.
+The schema is the fields of ``nanhunt.findings.Report``, written down in ``docs/report.schema.json``; ``schema_version``
+counts up whenever they change.
 """
 
 import json
@@ -10,8 +11,7 @@ from typing import Any
 
 from nanhunt.findings import Report
 
-SCHEMA_VERSION = 1
-SUFFIX = ".json"
+SCHEMA_VERSION = 2
 
 
 def render(report: Report) -> str:

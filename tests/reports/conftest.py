@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nanhunt.findings import ChainLink, Finding, Location, Report, Skip, Verdict
+from nanhunt.findings import ChainLink, DataTable, Finding, Location, Magnitudes, Report, Skip, Verdict
 from nanhunt.records.ops import SourceLine
 from nanhunt.records.steps import Determinism, ExperimentResult, GridCell, StepOutcome, Tally
 
@@ -85,10 +85,10 @@ def full_report() -> Report:
         ),
         findings=(_TIE, _STATE),
         chain=(
-            ChainLink("aten::div_ in the backward of aten::_linalg_eigh", "722 of 462,080 elements"),
+            ChainLink("aten::div_ in the backward of aten::_linalg_eigh", "722 of 462,080 elements", 722, 462_080),
             ChainLink("later operations", "4,711 non-finite"),
-            ChainLink("parameter gradients", "31 of 74 tensors (20,480 of 61,440 elements)"),
-            ChainLink("after clip_grad_norm_", "74 of 74 tensors (61,440 of 61,440 elements)"),
+            ChainLink("parameter gradients", "31 of 74 tensors (20,480 of 61,440 elements)", 20_480, 61_440),
+            ChainLink("after clip_grad_norm_", "74 of 74 tensors (61,440 of 61,440 elements)", 61_440, 61_440),
             ChainLink("next forward", "raises LinAlgError: linalg.eigh: (Batch element 0): the input has NaN"),
         ),
         grid=(
@@ -125,4 +125,113 @@ def full_report() -> Report:
         ),
         seconds=12.345,
         num_steps=11,
+    )
+
+
+_GROWTH = Finding(
+    code="NH104",
+    name="growing-activation",
+    severity="warning",
+    certainty="observed",
+    cause="growing-activation",
+    message="output 3.2e+05 at step 2, 3,200 times as large as at first",
+    location=Location("forward", module="blocks.1.norm", step=2),
+)
+_LOG = Finding(
+    code="NH501",
+    name="log-of-nonpositive",
+    severity="error",
+    certainty="observed",
+    cause="log-of-nonpositive",
+    message="log of 0 at 2 elements, first at [1, 0]",
+    location=Location(
+        "forward", op="aten::log", source=SourceLine("/home/ada/train.py", 18, "loss = p.log().mean()"), step=4
+    ),
+    evidence={"lowest_argument": 0.0},
+)
+
+
+@pytest.fixture
+def traced_report() -> Report:
+    """A loop that grew, and then failed in a step that was not sampled."""
+    inf, nan = math.inf, math.nan
+    return Report(
+        title="traced loop",
+        facts=(("steps", "5"),),
+        findings=(_LOG, _GROWTH),
+        chain=(ChainLink("aten::log", "2 of 4 elements", 2, 4), ChainLink("loss", "loss")),
+        verdict=Verdict("observed", ("log-of-nonpositive: the values at the offending elements say so",)),
+        seconds=0.25,
+        magnitudes=Magnitudes(
+            modules=("embed", "blocks.0", "blocks.1", "head", ""),
+            steps=(0, 1, 2, 5),
+            activations=(
+                (1.0, 1.0, 1.0, 1.0),
+                (1.0, 10.0, 100.0, 1e3),
+                (1.0, 1e3, 1e5, inf),
+                (0.0, 0.0, None, nan),
+                (1.0, 2.0, 3.0, nan),
+            ),
+            gradients=(
+                (0.1, None, None, nan),
+                (0.1, None, None, nan),
+                (0.1, None, None, nan),
+                (0.0, None, None, 1e-30),
+                (1.0, None, None, 1.0),
+            ),
+        ),
+    )
+
+
+@pytest.fixture
+def audit_report() -> Report:
+    """Tables of several shapes, rules that found nothing, and one finding."""
+    layers = tuple((f"encoder.blocks.{n}.attention.out_proj", 0.5 * n, f"{n}e-3", n == 2) for n in range(4))
+    wide = tuple(f"column {number} of many" for number in range(12))
+    return Report(
+        title="audit-init of mymodel:target",
+        facts=(("initialisations", "3"),),
+        findings=(_GROWTH,),
+        chain=(),
+        verdict=Verdict("observed", ("0 errors, 1 warning; 2 rules found nothing", "audited, not run")),
+        passes=("NH101", "NH203"),
+        tables=(
+            DataTable("layers", ("layer", "gain", "gradient", "dead"), layers, "gain: output over input"),
+            DataTable("much of each", wide, (tuple(range(100_000, 100_012)), ("x" * 30,) * 12)),
+            DataTable("empty", ("a", "b"), ()),
+        ),
+        skips=(Skip("the schedule", "no schedule was given"),),
+        seconds=1.5,
+    )
+
+
+@pytest.fixture
+def hostile_report(full_report) -> Report:
+    """Names, paths, lines and messages that would like to be more than that."""
+    script = "<script>document.documentElement.dataset.owned = 1</script>"
+    image = '<img src=x onerror="document.documentElement.dataset.owned = 2">'
+    link = "<a href='https://example.org/owned'>blocks</a>"
+    breaking = "</script>--><script>document.documentElement.dataset.owned = 3</script><!--"
+    ends = "\"' \u202egnp.exe\x00\x1b[31m \ud800 ]]>%0A::error::{{ 7 * 7 }} ${7 * 7} %3C"
+    place = Location(script, image, breaking, link, link, SourceLine(f"/{script}/a,b:c.py", 3, breaking, image), 1)
+    bad = Finding(
+        script, ends, "error", "observed", image, breaking, place, {script: image, "n": [ends]}, (ends,), (link,)
+    )
+    row = (script, image, breaking, link, ends)
+    numbers = (1.0, math.nan)
+    return Report(
+        title=f"{script}{ends}",
+        facts=((image, breaking), (ends, link)),
+        findings=(bad,),
+        chain=(ChainLink(script, image, 1, 2), ChainLink(breaking, ends)),
+        verdict=Verdict("tested", (script, image, breaking, ends)),
+        grid=full_report.grid[2:3],
+        experiments=(ExperimentResult(script, breaking, "mask", None, skipped=image, note=ends),),
+        baseline=StepOutcome(math.nan, error=breaking, failed_phase="forward"),
+        determinism=Determinism("differs", script),
+        skips=(Skip(breaking, script), Skip(ends, image)),
+        passes=(script, ends),
+        tables=(DataTable(breaking, row, (row, row), script),),
+        magnitudes=Magnitudes((link, breaking), (0, 1), (numbers, numbers), (numbers, numbers)),
+        absence=script,
     )

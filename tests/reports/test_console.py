@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nanhunt.findings import ChainLink, Location, Report, Skip, Verdict
+from nanhunt.findings import ChainLink, DataTable, Location, Report, Skip, Verdict
 from nanhunt.records.ops import SourceLine
 from nanhunt.records.steps import Determinism
 from nanhunt.reports import console
+from nanhunt.reports.words import short_path
 
 GOLDEN = Path(__file__).parent / "golden" / "report.txt"
 
@@ -54,7 +55,7 @@ def test_a_bare_report_says_that_nothing_was_found(bare_report):
         "verdict: unknown\n"
         "  - the step was not run\n"
         "\n"
-        "0 steps run in 0.0 s\n"
+        "no finding; 0 steps run in 0.0 s\n"
     )
 
 
@@ -110,6 +111,45 @@ def assert_plain(text: str) -> None:
 def test_no_line_is_over_80_columns_ends_in_blanks_or_holds_codes(full_report, bare_report):
     assert_plain(console.render(full_report))
     assert_plain(console.render(bare_report))
+
+
+def test_tables_stand_in_columns_numbers_to_the_right(audit_report):
+    text = console.render(audit_report)
+    assert (
+        "  layer                                gain  gradient  dead\n"
+        "  encoder.blocks.0.attention.out_proj     0      0e-3  False\n"
+        "  encoder.blocks.1.attention.out_proj   0.5      1e-3  False\n"
+    ) in text
+    assert_plain(text)
+
+
+def test_a_table_too_wide_for_columns_has_its_rows_one_under_the_other(audit_report):
+    text = " ".join(console.render(audit_report).split())
+    assert "100,000 column 1 of many 100,001, column 2 of many 100,002" in text
+    assert f"column 11 of many {'x' * 30}" in text
+
+
+def test_a_table_without_rows_says_so(audit_report):
+    assert "\nempty\n  none\n" in console.render(audit_report)
+
+
+def test_of_a_long_table_the_console_says_what_it_leaves_out(audit_report):
+    table = DataTable("long", ("n",), tuple((n,) for n in range(70)))
+    text = console.render(replace(audit_report, tables=(table,)))
+    assert "\n  59\n  and 10 rows more, in the report as JSON (--format json)\n" in text
+
+
+def test_long_words_of_a_table_are_broken_but_no_number_is(audit_report):
+    table = DataTable("names", ("module", "kind", "norm"), (("layers." * 20, "x" * 40, 1.25e-7),))
+    text = console.render(replace(audit_report, tables=(table,)))
+    assert_plain(text)
+    assert "1.25e-07" in text
+    rows = text[text.index("names\n") : text.index("not done")].splitlines()[2:]
+    assert "".join(row[2:].split("  ")[0] for row in rows if row) == "layers." * 20
+
+
+def test_hostile_text_stays_plain(hostile_report):
+    assert_plain(console.render(hostile_report))
 
 
 words = st.text(st.characters(codec="ascii"), max_size=120) | st.sampled_from(
@@ -171,5 +211,5 @@ def test_a_narrow_terminal_breaks_lines_and_loses_nothing(full_report):
 
 def test_a_file_below_the_working_folder_is_shown_from_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert console.short_path(str(tmp_path / "src" / "train.py")) == "src/train.py"
-    assert console.short_path("/elsewhere/train.py") == "/elsewhere/train.py"
+    assert short_path(str(tmp_path / "src" / "train.py")) == "src/train.py"
+    assert short_path("/elsewhere/train.py") == "/elsewhere/train.py"
