@@ -1,19 +1,27 @@
 """What the first offender's inputs held at the elements where it went wrong, as plain numbers for the rules."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanhunt.numerics import LIMITS, ulp
+from nanhunt.observe.backward_evidence import gather_backward, with_backward
 from nanhunt.observe.call import Call
-from nanhunt.observe.finite import can_hold_nonfinite, is_finite, unreadable_kind, value_facts
+from nanhunt.observe.finite import is_finite, unreadable_kind, value_facts
 from nanhunt.observe.op_info import FocusedOp, tensors_in
+from nanhunt.observe.producers import producers
+from nanhunt.observe.recomputed import recomputed
+from nanhunt.observe.singular import singular_matrices
 from nanhunt.records.evidence import OffenderEvidence, Operand, Spectrum
 from nanhunt.records.ops import OpRecord
 
 MAX_POSITIONS = 8
 """Offending elements described one by one."""
+
+MAX_LENGTHS = 4096
+"""Whole numbers kept of a list of them."""
 
 # Position of the spectrum and of the vectors among the outputs of each decomposition.
 _DECOMPOSITIONS = {"aten::_linalg_eigh": (0, 1), "aten::_linalg_svd": (1, 0), "aten::linalg_eig": (0, 1)}
@@ -36,12 +44,16 @@ def gather_evidence(offender: FocusedOp, forward: FocusedOp | None) -> OffenderE
     Returns:
         None if no output is non-finite, as when the operation writes in place and its result was not kept.
     """
+    offender = _single(offender)
     readable = [output for output in offender.outputs if output.layout is torch.strided]
-    bad = next((output for output in readable if unreadable_kind(output) is None and not is_finite(output)), None)
-    if bad is None:
+    at = next((output for output in readable if unreadable_kind(output) is None and not is_finite(output)), None)
+    if at is None:
         return None
+    bad = at
     if bad.element_size() == 1:
         bad = bad.to(torch.float32)
+    number = next(number for number, output in enumerate(offender.outputs) if output is at)
+    values = _values(offender)
     mask = ~torch.isfinite(bad)
     positions = mask.nonzero()
     shown = [tuple(int(i) for i in position) for position in positions[:MAX_POSITIONS]]
@@ -49,9 +61,13 @@ def gather_evidence(offender: FocusedOp, forward: FocusedOp | None) -> OffenderE
         num_offending=int(mask.sum()),
         positions=tuple(shown),
         results=tuple(_number(bad[position]) for position in shown),
-        operands=tuple(_operands(offender, shown, tuple(bad.shape))),
+        operands=tuple(_operands(offender.op, values, shown, tuple(bad.shape))),
         spectrum=_spectrum(forward, mask) if forward is not None else None,
-        rows_all_neginf=_rows_all_neginf(offender),
+        rows_all_neginf=_rows_all_neginf(offender, values),
+        backward=gather_backward(offender, forward),
+        exact=recomputed(offender, number, shown),
+        singular=singular_matrices(offender),
+        lengths=tuple((name, _whole(value)) for name, value in values.items() if _whole(value)),
     )
 
 
@@ -67,11 +83,11 @@ def evidence_at_birth(call: Call, output: Any, record: OpRecord, node: Any) -> O
         node: The autograd node that ran it, or None.
     """
     gone = {id(tensor) for tensor in call.written}
-    args = tuple(None if id(value) in gone else value for value in call.args)
-    kwargs = {name: None if id(value) in gone else value for name, value in call.kwargs.items()}
-    outputs = tuple(call.written or tensors_in(output))
+    args = tuple(_without(value, gone) for value in call.args)
+    kwargs = {name: _without(value, gone) for name, value in call.kwargs.items()}
+    outputs = (*call.written, *(tensor for tensor in tensors_in(output) if id(tensor) not in gone))
     kept = FocusedOp(record.op, call.traits.argument_names, args, kwargs, outputs)
-    return gather_evidence(kept, _saved_decomposition(record.forward_op, node))
+    return with_backward(gather_evidence(kept, _saved_decomposition(record.forward_op, node)), kept, record, node)
 
 
 def _saved_decomposition(forward_op: str | None, node: Any) -> FocusedOp | None:
@@ -83,19 +99,55 @@ def _saved_decomposition(forward_op: str | None, node: Any) -> FocusedOp | None:
     return FocusedOp(forward_op or "", (), (), {}, outputs)
 
 
-def _operands(op: FocusedOp, positions: list[tuple[int, ...]], shape: tuple[int, ...]) -> list[Operand]:
-    values = dict(zip(op.schema_names, op.args, strict=False)) | op.kwargs
-    operands: list[Operand] = []
+def _without(value: Any, gone: set[int]) -> Any:
+    if isinstance(value, list | tuple):
+        return [None if id(part) in gone else part for part in value]
+    return None if id(value) in gone else value
+
+
+def _single(op: FocusedOp) -> FocusedOp:
+    """Of an operation on lists, what it did to the first tensor that went non-finite."""
+    if not op.op.startswith("aten::_foreach_") or not op.outputs:
+        return op
+    at = next((number for number, output in enumerate(op.outputs) if not is_finite(output)), 0)
+
+    def part(value: Any) -> Any:
+        return value[at] if isinstance(value, list | tuple) and len(value) == len(op.outputs) else value
+
+    args, kwargs = tuple(map(part, op.args)), {name: part(value) for name, value in op.kwargs.items()}
+    return FocusedOp(op.op.replace("_foreach_", ""), op.schema_names, args, kwargs, (op.outputs[at],))
+
+
+def _values(op: FocusedOp) -> dict[str, Any]:
+    """The arguments by their names in the schema."""
+    return dict(zip(op.schema_names, op.args, strict=False)) | op.kwargs
+
+
+def _whole(value: Any) -> tuple[int, ...]:
+    """A list of whole numbers, where it is one that is not long."""
+    is_list = isinstance(value, list | tuple) and 0 < len(value) <= MAX_LENGTHS
+    return tuple(value) if is_list and all(type(number) is int for number in value) else ()
+
+
+def _operands(
+    op: str, values: dict[str, Any], positions: list[tuple[int, ...]], shape: tuple[int, ...]
+) -> Iterator[Operand]:
     for name, value in values.items():
-        if isinstance(value, Tensor) and can_hold_nonfinite(value) and value.layout is torch.strided:
-            operands.append(Operand(name, value_facts(value), _values_at(value, positions, shape)))
+        if isinstance(value, Tensor) and value.layout is torch.strided and unreadable_kind(value) is None:
+            held = _values_at(value, positions, shape, is_per_channel="batch_norm" in op)
+            is_at_edge = bool(held) and abs(held[0]) in (0.0, 1.0)
+            made_by = producers(value, positions[0], shape) if is_at_edge else ()
+            yield Operand(name, value_facts(value), held, made_by)
         elif isinstance(value, float | int) and not isinstance(value, bool):
-            operands.append(Operand(name, None, (float(value),)))
-    return operands
+            yield Operand(name, None, (float(value),))
 
 
-def _values_at(value: Tensor, positions: list[tuple[int, ...]], shape: tuple[int, ...]) -> tuple[float, ...]:
+def _values_at(
+    value: Tensor, positions: list[tuple[int, ...]], shape: tuple[int, ...], *, is_per_channel: bool
+) -> tuple[float, ...]:
     """Values at the offending positions of the output, where the shape broadcasts to it."""
+    if is_per_channel and value.dim() == 1 and len(shape) > 1:
+        return tuple(_number(value[position[1]]) for position in positions)
     try:
         wide = value.expand(shape)
     except RuntimeError:
@@ -160,15 +212,27 @@ def _carrying_rows(vectors: Tensor, columns: tuple[int, ...]) -> tuple[int, ...]
     return tuple(int(row) for row in order if float(weight[row]) > share)
 
 
-def _rows_all_neginf(op: FocusedOp) -> int | None:
-    """For softmax-like operations, the rows of the input that are -inf throughout."""
-    if "softmax" not in op.op and "logsumexp" not in op.op:
+def _rows_all_neginf(op: FocusedOp, values: dict[str, Any]) -> int | None:
+    """For softmax-like operations, the rows of the input that are -inf throughout.
+
+    One written by hand subtracts the largest value of each row, which is -inf as well then.
+    """
+    first = op.args[0] if op.args else None
+    mask = next((values[name] for name in ("mask", "attn_mask") if isinstance(values.get(name), Tensor)), None)
+    if mask is not None and any(word in op.op for word in ("attention", "encoder_layer", "masked_softmax")):
+        hidden = mask if mask.dtype == torch.bool else torch.isneginf(mask)
+        return int(hidden.all(dim=-1).sum())
+    if not isinstance(first, Tensor) or first.dim() == 0:
         return None
-    value = op.args[0]
-    dim = op.args[1] if len(op.args) > 1 and isinstance(op.args[1], int) else -1
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    if "softmax" in op.op or "logsumexp" in op.op:
+        dims = values.get("dim", values.get("dims", -1))
+        return int(torch.isneginf(first).all(dim=dims).sum())
+    other = values.get("other")
+    if op.op != "aten::sub" or not isinstance(other, Tensor) or other.dim() != first.dim():
         return None
-    return int(torch.isneginf(value).all(dim=dim).sum())
+    dims = [axis for axis in range(first.dim()) if other.shape[axis] == 1 < first.shape[axis]]
+    rows = torch.isneginf(first).all(dim=dims, keepdim=True) & torch.isneginf(other) if dims else None
+    return int(rows.sum()) if rows is not None else None
 
 
 def _number(value: Any) -> float:

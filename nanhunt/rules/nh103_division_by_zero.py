@@ -1,8 +1,9 @@
 """division-by-zero: the offending elements were divided by exactly zero.
 
 What it does:
-    Looks at the divisor at the offending elements of ``div`` and at the argument of ``reciprocal``, ``rsqrt`` and
-    negative powers. The rule holds only if it is 0 at all of them.
+    Looks at the divisor at the offending elements of ``div``, ``remainder``, ``fmod`` and ``softplus``, at the argument
+    of ``reciprocal`` and ``rsqrt``, and at the vectors that ``weight_norm`` divides by their length. The rule holds
+    only if it is 0 at all of them.
 
 Why it matters:
     x / 0 is infinite and 0 / 0 is NaN; either spreads.
@@ -13,32 +14,34 @@ Known limits:
     forward pass.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
-from nanhunt.numerics import count
+from nanhunt.numerics import LIMITS, count
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, SourceLine, ValueFacts
+from nanhunt.rules.offender import base_name
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 _DIVISORS = {
     "div": "other",
-    "div_": "other",
+    "remainder": "other",
+    "fmod": "other",
+    "softplus": "beta",
     "reciprocal": "self",
     "rsqrt": "self",
-    "reciprocal_": "self",
-    "rsqrt_": "self",
+    "addcdiv": "tensor2",
 }
 
 
 def _judge(case: Case) -> Judgement | None:
-    if case.op is None:
+    if case.op is None or (is_torchs_backward(case) and (case.op.forward_op or "") not in _QUOTIENTS):
         return None
-    is_torchs = case.op.phase == "backward" and case.op.own_backward is None
-    if is_torchs and (case.op.forward_op or "").removeprefix("aten::") not in _DIVISORS:
+    if case.op.phase in ("clip", "optimizer") and ("_foreach_" in case.op.op or "addcdiv" in case.op.op):
+        # The update of an optimizer of torch's, which has its own rules.
         return None
-    name = case.op.op.removeprefix("aten::")
-    divisor = case.operand(_DIVISORS[name]) if name in _DIVISORS else None
+    divisor = divisor_of(case)
     if divisor is None or not divisor.at_offenders or any(value != 0.0 for value in divisor.at_offenders):
         return None
     assert case.evidence is not None
@@ -48,8 +51,33 @@ def _judge(case: Case) -> Judgement | None:
     return Judgement(
         f"{case.op.op}{of} divided by 0 at {count(number, 'element')}, first at {list(where)}",
         evidence={"num_offending": number, "first_position": list(where), "divisor": 0.0},
+        notes=_notes(divisor),
         help=("keep the divisor away from 0 where it is made, before any root or quotient",),
     )
+
+
+_QUOTIENTS = tuple(f"aten::{name}" for name in ("div", "div_", "reciprocal", "reciprocal_", "rsqrt", "rsqrt_"))
+
+
+def is_torchs_backward(case: Case) -> bool:
+    """Whether torch, not the user, wrote this part of the backward pass."""
+    return case.op is not None and case.op.phase == "backward" and case.op.own_backward is None
+
+
+def divisor_of(case: Case) -> Operand | None:
+    """What the operation divides by; None for one that divides by nothing."""
+    name = base_name(case)
+    if name == "_weight_norm_interface":
+        results = case.evidence.results if case.evidence is not None else ()
+        # Of a vector with a length, a zero would give 0.
+        return case.operand("v") if all(math.isnan(result) for result in results) else None
+    return case.operand(_DIVISORS[name]) if name in _DIVISORS else None
+
+
+def _notes(divisor: Operand) -> tuple[str, ...]:
+    if divisor.facts is None or divisor.facts.dtype != "float16":
+        return ()
+    return (f"in float16 anything below {LIMITS['float16'].smallest_subnormal / 2:.3g} is 0, an eps of 1e-8 as well",)
 
 
 RULE = Rule("NH103", "division-by-zero", "division-by-zero", _judge)
