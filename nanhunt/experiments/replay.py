@@ -19,7 +19,8 @@ from nanhunt.numerics import count
 from nanhunt.observe.evidence import gather_evidence
 from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.op_info import FocusReached
-from nanhunt.records.ops import OpRecord, Trace
+from nanhunt.records.evidence import OffenderEvidence
+from nanhunt.records.ops import OpRecord, Trace, ValueFacts
 from nanhunt.records.steps import Determinism, ExperimentResult, GridCell, StepOutcome, Tally
 from nanhunt.rules.registry import Case, judge
 from nanhunt.targets import Target, find_target
@@ -85,6 +86,7 @@ class _Session:
     baseline: StepOutcome | None = None
     determinism: Determinism = field(default_factory=lambda: Determinism("unknown", "not run"))
     trace: Trace | None = None
+    at_birth: dict[int, OffenderEvidence] = field(default_factory=dict)
     finding: Finding | None = None
     chain: list[ChainLink] = field(default_factory=list)
     grid: list[GridCell] = field(default_factory=list)
@@ -117,7 +119,7 @@ class _Session:
     def _traced(self) -> ReplayedStep:
         tracer = ExactTracer()
         step = self.replayer.run(tracer=tracer, seed=self._base_seed, look_ahead=True)
-        self.trace = tracer.trace
+        self.trace, self.at_birth = tracer.trace, tracer.evidence
         self.skips += [Skip("looking at an operation", problem) for problem in self.trace.problems]
         self.skips += [
             Skip(f"looking at {count(number, kind)}", "its values cannot be read")
@@ -130,8 +132,8 @@ class _Session:
         offender = self.trace.first_offender
         if offender is None:
             return
-        evidence = None
-        # Without the offender's inputs no more than the place can be named; an interruption leaves at least that.
+        # What was seen at once, for an interruption of the second run.
+        evidence = born = self.at_birth.get(offender.index)
         self.finding = judge(Case(offender, evidence, self.trace, self.capture.step))
         self.chain = list(_chain(offender, self.trace, step))
         if isinstance(offender, OpRecord):
@@ -144,6 +146,9 @@ class _Session:
             if kept is not None and kept.op == offender.op:
                 forward = tracer.focused.get(offender.forward_index) if offender.forward_index is not None else None
                 evidence = gather_evidence(kept, forward)
+                if evidence is not None and born is not None:
+                    # What only the running backward pass knows: who read the result, which hook was called.
+                    evidence = replace(evidence, backward=born.backward or evidence.backward)
             else:
                 self.skips.append(Skip("the offender's inputs", "the second replay took another course"))
         self.finding = judge(Case(offender, evidence, self.trace, self.capture.step))
@@ -251,13 +256,12 @@ def _chain(offender: Any, trace: Trace, step: ReplayedStep) -> Iterator[ChainLin
     """From the offender to the sinks, each station with its counts."""
     if isinstance(offender, OpRecord):
         of = f" in the backward of {offender.forward_op}" if offender.forward_op else ""
-        counted = (f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}" for facts in offender.outputs)
-        yield ChainLink(f"{offender.op}{of}", next(counted, "a constant"))
+        what = f"{offender.op}{of}"
+        yield _counted(what, offender.outputs[0]) if offender.outputs else ChainLink(what, "a constant")
     else:
-        facts = offender.facts
         says_kind = offender.kind in ("batch", "output gradient")
         what = offender.name if says_kind else f"{offender.kind} {offender.name}".strip()
-        yield ChainLink(what, f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
+        yield _counted(what, offender.facts)
     later = (
         sum(1 for record in trace.ops if record.kind != "kill" and record.index > offender.index) + trace.num_dropped
     )
@@ -267,20 +271,28 @@ def _chain(offender: Any, trace: Trace, step: ReplayedStep) -> Iterator[ChainLin
     if outcome.failed_phase == "forward":
         yield ChainLink("loss", f"{outcome.loss}" if not outcome.error else outcome.error)
     if outcome.gradients.num_tensors:
-        yield ChainLink("parameter gradients", _tallied(outcome.gradients))
+        yield _tallied("parameter gradients", outcome.gradients)
     if outcome.clipped is not None:
-        yield ChainLink("after clip_grad_norm_", _tallied(outcome.clipped))
+        yield _tallied("after clip_grad_norm_", outcome.clipped)
     if outcome.weights.num_tensors:
-        yield ChainLink("weights after the step", _tallied(outcome.weights))
+        yield _tallied("weights after the step", outcome.weights)
     if step.next_error:
         yield ChainLink("next forward", f"raises {step.next_error}")
     elif step.next_outputs is not None and outcome.weights.num_tensors:
         tally = step.next_outputs
-        yield ChainLink("next forward", f"{tally.elements:,} of {tally.num_elements:,} outputs")
+        detail = f"{tally.elements:,} of {tally.num_elements:,} outputs"
+        yield ChainLink("next forward", detail, tally.elements, tally.num_elements)
 
 
-def _tallied(tally: Tally) -> str:
-    return f"{tally.tensors:,} of {tally.num_tensors:,} tensors ({tally.elements:,} of {tally.num_elements:,} elements)"
+def _counted(what: str, facts: ValueFacts) -> ChainLink:
+    detail = f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}"
+    return ChainLink(what, detail, facts.num_nonfinite, facts.num_elements)
+
+
+def _tallied(what: str, tally: Tally) -> ChainLink:
+    elements = f"{tally.elements:,} of {tally.num_elements:,} elements"
+    detail = f"{tally.tensors:,} of {tally.num_tensors:,} tensors ({elements})"
+    return ChainLink(what, detail, tally.elements, tally.num_elements)
 
 
 def _facts(

@@ -1,8 +1,8 @@
 """root-gradient-at-zero: the gradient of a square root was taken at zero.
 
 What it does:
-    Looks at the divisor in the backward pass of ``sqrt``, which is twice its result. The rule holds only if it is 0
-    at the offending elements.
+    Looks at the divisor in the backward pass of ``sqrt``, which is twice its result, and of ``hypot``, which is its
+    result. The rule holds only if it is 0 at the offending elements.
 
 Why it matters:
     The slope of the root at 0 is infinite; times a zero that comes from further up it is NaN. The forward pass is fine.
@@ -18,22 +18,26 @@ Use instead:
 from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
+from nanhunt.rules.nh208_untaken_branch_gradient import zero_notes
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 _DIVISIONS = ("aten::div", "aten::div_")
+_ROOTS = ("aten::sqrt", "aten::sqrt_", "aten::hypot", "aten::hypot_")
 
 
 def _judge(case: Case) -> Judgement | None:
-    if case.op is None or case.op.forward_op != "aten::sqrt" or case.op.op not in _DIVISIONS:
+    if case.op is None or case.op.forward_op not in _ROOTS or case.op.op not in _DIVISIONS:
         return None
     divisor = case.operand("other")
     if divisor is None or not divisor.at_offenders or any(value != 0.0 for value in divisor.at_offenders):
         return None
     assert case.evidence is not None
     number, where = case.evidence.num_offending, list(case.evidence.positions[0])
+    name = case.op.forward_op.removeprefix("aten::").removesuffix("_")
     return Judgement(
-        f"gradient of sqrt at 0 for {count(number, 'element')}, first at {where}",
+        f"gradient of {name} at 0 for {count(number, 'element')}, first at {where}",
         evidence={"num_offending": number, "first_position": where},
+        notes=zero_notes(case),
         help=("put a small constant inside the root, or use torch.linalg.vector_norm",),
     )
 

@@ -1,8 +1,8 @@
 """eigenvector-gradient-at-tie: the gradient of eigenvectors was taken where two eigenvalues are exactly equal.
 
 What it does:
-    Looks at the spectrum of the matrix at which the backward pass of ``eigh`` or ``svd`` went non-finite. The rule
-    holds only if two of its values are equal bit for bit.
+    Looks at the spectrum of the matrix at which the backward pass of ``eigh``, ``svd`` or ``eig`` went non-finite. The
+    rule holds only if two of its values are equal bit for bit.
 
 Why it matters:
     The derivative of an eigenvector holds 1 / (value_i - value_j). At a tie the eigenvectors are not even defined, only
@@ -22,7 +22,9 @@ References:
     Magnus 1985, "On differentiating eigenvalues and eigenvectors", Econometric Theory 1(2).
 """
 
-from nanhunt.records.evidence import OffenderEvidence, Spectrum
+from dataclasses import replace
+
+from nanhunt.records.evidence import BackwardEvidence, OffenderEvidence, Spectrum
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
 
@@ -31,9 +33,11 @@ _SPECTRAL = ("aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_eig")
 
 def _judge(case: Case) -> Judgement | None:
     spectrum = case.evidence.spectrum if case.evidence else None
-    if case.op is None or case.op.phase != "backward" or case.op.forward_op not in _SPECTRAL or spectrum is None:
+    if case.op is None or case.op.phase != "backward" or case.op.forward_op not in _SPECTRAL:
         return None
-    if not spectrum.tied:
+    if case.op.forward_op == "aten::linalg_eig":
+        return _of_complex(case)
+    if spectrum is None or not spectrum.tied:
         return None
     group = spectrum.tied[0]
     value = spectrum.values[group[0]]
@@ -65,6 +69,20 @@ def _judge(case: Case) -> Judgement | None:
     )
 
 
+def _of_complex(case: Case) -> Judgement | None:
+    """The eigenvalues of a matrix that is not symmetric have no order, only distances."""
+    held = case.evidence.backward if case.evidence else None
+    if held is None or held.smallest != 0.0:
+        return None
+    where = list(held.positions[0])
+    return Judgement(
+        f"two eigenvalues are equal, first at {where}",
+        evidence={"first_position": where, "smallest_distance": 0.0, "largest_eigenvalue": held.largest},
+        notes=("the backward pass divides by the distance between eigenvalues; the forward pass is finite",),
+        help=("detach the eigenvectors, if the model only needs them as features",),
+    )
+
+
 RULE = Rule("NH203", "eigenvector-gradient-at-tie", "eigenvector-gradient-at-tied-spectrum", _judge)
 
 _DIV = OpRecord(
@@ -81,5 +99,15 @@ def _with_values(values: tuple[float, ...], tied: tuple[tuple[int, ...], ...]) -
     return Case(_DIV, OffenderEvidence(2, ((1, 0, 1), (1, 1, 0)), (float("nan"),) * 2, spectrum=spectrum))
 
 
-FLAGGED = (_with_values((0.0, 1.0, 1.0), ((1, 2),)), _with_values((1.0, 1.0, 1.0), ((0, 1, 2),)))
-CLEAN = (_with_values((0.0, 1.0, 1.000001), ()), Case(_DIV, None))
+def _with_distance(distance: float) -> Case:
+    held = BackwardEvidence(((0, 1),), (float("nan"),), smallest=distance, largest=1.0)
+    evidence = OffenderEvidence(2, ((0, 1),), (float("nan"),), backward=held)
+    return Case(replace(_DIV, forward_op="aten::linalg_eig"), evidence)
+
+
+FLAGGED = (
+    _with_values((0.0, 1.0, 1.0), ((1, 2),)),
+    _with_values((1.0, 1.0, 1.0), ((0, 1, 2),)),
+    _with_distance(0.0),
+)
+CLEAN = (_with_values((0.0, 1.0, 1.000001), ()), Case(_DIV, None), _with_distance(1e-9))
