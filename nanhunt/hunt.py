@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanhunt.findings import ChainLink, Finding, Report, Skip, Verdict
+from nanhunt.findings import ChainLink, Finding, Magnitudes, Report, Skip, Verdict
 from nanhunt.numerics import count
 from nanhunt.observe.call import Origin
 from nanhunt.observe.compiled import keep_out
@@ -19,6 +19,7 @@ from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.loop import LoopFollower, Outputs
 from nanhunt.observe.origins import find_origin
 from nanhunt.observe.ranks import Entry, Ranks, joined, rank
+from nanhunt.records.health import Extent, Health
 from nanhunt.records.ops import OpRecord, StateSource, Trace
 from nanhunt.rules.registry import Case, judge, judge_record
 
@@ -87,15 +88,18 @@ class Hunt:
         trace = self._tracer.trace
         heard = self._ranks.heard()
         findings, chain = joined(self._entry(), heard)
-        findings = [*findings, *self._finite_trouble(findings)]
+        health = self._health.records() if self._health is not None else Health()
+        judged = judge_record(health)
+        findings = [*findings, *self._finite_trouble(judged.findings, findings)]
         return Report(
             title="traced loop",
             facts=tuple(self._facts(trace)),
             findings=tuple(findings),
             chain=chain,
             verdict=_verdict(findings),
-            skips=(*self._skips(trace), *([Skip("joining the ranks", heard.reason)] if heard.reason else [])),
+            skips=tuple(dict.fromkeys([*self._skips(trace, heard.reason), *judged.skips])),
             seconds=self._seconds,
+            magnitudes=_magnitudes(health),
         )
 
     def _entry(self) -> Entry | None:
@@ -115,6 +119,8 @@ class Hunt:
     def _finding(self, offender: OpRecord | StateSource, trace: Trace) -> Finding:
         evidence = self._tracer.evidence.get(offender.index) if isinstance(offender, OpRecord) else None
         health = self._health.records() if self._health is not None else None
+        updates = self._tracer.guarded(self._follower.updates.records)
+        trace = replace(trace, updates=updates) if updates is not None else trace
         finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, self._rank, health))
         where = finding.location
         if where.tensor or where.forward_op or where.phase not in ("optimizer", "backward"):
@@ -123,13 +129,11 @@ class Hunt:
         harmed = next((sink for sink in trace.sinks if offender.index in sink.births), None)
         return replace(finding, location=replace(where, tensor=harmed.name)) if harmed is not None else finding
 
-    def _finite_trouble(self, findings: Sequence[Finding]) -> Iterator[Finding]:
+    def _finite_trouble(self, trouble: Iterable[Finding], findings: Sequence[Finding]) -> Iterator[Finding]:
         """What was wrong while all values were finite, up to the step of the fault."""
-        if self._health is None:
-            return
         last = findings[0].location.step if findings else None
         known = {finding.location.phase for finding in findings}
-        for finding in judge_record(self._health.records()).findings:
+        for finding in trouble:
             step = finding.location.step
             is_symptom = finding.severity == "error" and finding.location.phase in known
             if not is_symptom and (last is None or step is None or step <= last):
@@ -145,7 +149,7 @@ class Hunt:
         for what, number in self._follower.notes.items():
             yield what, f"{number:,}"
 
-    def _skips(self, trace: Trace) -> Iterator[Skip]:
+    def _skips(self, trace: Trace, unheard: str) -> Iterator[Skip]:
         for problem in trace.problems:
             yield Skip("looking at an operation", problem)
         for problem in self._health.problems if self._health is not None else ():
@@ -157,6 +161,8 @@ class Hunt:
             yield Skip("looking for faults of the compiled code alone", reason)
         if self._tracer.is_passive:
             yield Skip("the steps after the fault", "what follows it are symptoms")
+        if unheard:
+            yield Skip("joining the ranks", unheard)
 
 
 def trace(
@@ -196,7 +202,8 @@ def _chain(offender: OpRecord | StateSource, trace: Trace) -> Iterator[ChainLink
     else:
         what, facts = f"{offender.kind} {offender.name}".strip(), offender.facts
     if facts is not None:
-        yield ChainLink(what, f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}")
+        detail = f"{facts.num_nonfinite:,} of {count(facts.num_elements, 'element')}"
+        yield ChainLink(what, detail, facts.num_nonfinite, facts.num_elements)
     by_kind: dict[str, list[str]] = {}
     for sink in trace.sinks:
         names = by_kind.setdefault(sink.kind, [])
@@ -205,6 +212,24 @@ def _chain(offender: OpRecord | StateSource, trace: Trace) -> Iterator[ChainLink
     for kind, names in by_kind.items():
         shown = ", ".join(names[:3])
         yield ChainLink(f"{kind}", shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more")
+
+
+def _magnitudes(health: Health) -> Magnitudes | None:
+    """How large outputs and their gradients were, as far as the health probe has looked."""
+    steps = sorted({sample.step for module in health.modules for sample in module.samples})
+    if not steps:
+        return None
+    samples = [{sample.step: sample for sample in module.samples} for module in health.modules]
+    return Magnitudes(
+        modules=tuple(module.name for module in health.modules),
+        steps=tuple(steps),
+        activations=tuple(tuple(_size(row[n].output if n in row else None) for n in steps) for row in samples),
+        gradients=tuple(tuple(_size(row[n].output_gradient if n in row else None) for n in steps) for row in samples),
+    )
+
+
+def _size(extent: Extent | None) -> float | None:
+    return extent.magnitude if extent is not None else None
 
 
 def _verdict(findings: list[Finding]) -> Verdict:

@@ -34,7 +34,7 @@ from nanhunt.observe.finite import (
 from nanhunt.observe.journal import Journal
 from nanhunt.observe.memory import NO_BIRTHS, Memory, storage_key
 from nanhunt.observe.op_info import OpTraits, has_nonfinite_number, is_deliberate, is_log_of_mask, tensors_in, written
-from nanhunt.observe.origins import looks_like_mask
+from nanhunt.observe.origins import looks_like_mask, spread_of
 from nanhunt.observe.written_over import was_nonfinite_before
 from nanhunt.records.ops import OpRecord, Sink, SourceLine, StateSource, ValueFacts
 
@@ -307,6 +307,7 @@ class Ledger(Journal):
             step=self.step,
             micro_step=self.micro_step,
             phase=origin.phase,
+            spread=spread_of(tensor) if origin.kind == "batch" else None,
         )
         self.sources.append(source)
         births = frozenset({index})

@@ -25,8 +25,10 @@ from nanhunt.observe.harm import Harm
 from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.holders import holder_of, unwrapped
 from nanhunt.observe.op_info import speaks_of_values
+from nanhunt.observe.origins import role_of_input
 from nanhunt.observe.patches import Patches
 from nanhunt.observe.scaling import ScalingFollower, is_passed_over
+from nanhunt.observe.updates import UpdateProbe
 from nanhunt.observe.values import leaves_of, optimizer_tensors, own_parts, state_tensors, tensors_of
 from nanhunt.records.ops import Sink
 
@@ -46,6 +48,7 @@ class LoopFollower(Harm):
     Attributes:
         optimizers: Those seen so far.
         notes: What the loop or a ``GradScaler`` dealt with by itself, counted.
+        updates: What the optimizers do to the weights.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class LoopFollower(Harm):
         super().__init__(tracer, model, optimizer)
         self._called = model
         self._main = self.optimizers[0] if self.optimizers else None
-        self._outputs, self._health = outputs, health
+        self._outputs, self._health, self.updates = outputs, health, UpdateProbe()
         self._pending: list[Sink] = []
         self._abandoned: list[Sink] = []
         self._went_backward = False
@@ -125,7 +128,7 @@ class LoopFollower(Harm):
         if not self._tracer.path.knows(module) and next(module.parameters(), None) is not None:
             # A wrapper is the model to whoever calls it.
             self._meet(module, "" if is_model else f"<{type(module).__name__}>")
-        self._declare_inputs(args, kwargs)
+        self._declare_inputs(module, args, kwargs)
         if is_model:
             self._is_entered = True
             self._tracer.places.note_driver()
@@ -139,8 +142,9 @@ class LoopFollower(Harm):
                 self._evaluated.add(id(module))
             self._tracer.places.is_past_backward = self._tracer.places.has_stepped = False
 
-    def _declare_inputs(self, args: Any, kwargs: Any) -> None:
-        named = [(str(position), value) for position, value in enumerate(args)] + list(kwargs.items())
+    def _declare_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        named = [(f"{position}{role_of_input(module, position)}", value) for position, value in enumerate(args)]
+        named += kwargs.items()
         tensors = [(f"input {name}", leaf) for name, value in named for leaf in tensors_of(value)]
         self._declare("batch", tensors)
         if self._tracer.is_watchful:
@@ -318,6 +322,8 @@ class LoopFollower(Harm):
             return
         if self._health is not None:
             self._health.before_optimizer_step(optimizer, self.names_of(optimizer))
+            if not self._ledger.has_fault:
+                self._tracer.guarded(self.updates.before_step, optimizer, self._ledger.step)
         self._ledger.sinks += self._pending
         self._pending.clear()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -335,13 +341,19 @@ class LoopFollower(Harm):
     def _look_at_step(self, optimizer: Optimizer) -> None:
         if self._tracer.is_suspicious and not is_passed_over(optimizer):
             names = self.names_of(optimizer)
+            num_before = len(self._ledger.sinks)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self._reached("parameter", [(names.get(id(p), "a parameter"), p.detach()) for p in parameters])
             self._reached(
                 "optimizer state",
                 [(f"{key} of {names.get(id(p), 'a parameter')}", value) for p, key, value in state_tensors(optimizer)],
             )
+            fresh = self._ledger.sinks[num_before:]
+            self._tracer.guarded(self.updates.note_spoilt, optimizer, names, fresh, self._ledger.step)
         if self._health is not None:
+            if not self._ledger.has_fault:
+                names = self.names_of(optimizer)
+                self._tracer.guarded(self.updates.after_step, optimizer, names, self._ledger.step)
             self._health.after_optimizer_step(optimizer, self.names_of(optimizer))
         self._scaling.note_step(optimizer)
         if optimizer is self._main:

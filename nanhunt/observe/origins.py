@@ -14,10 +14,18 @@ from nanhunt.observe.call import Origin
 from nanhunt.observe.finite import unreadable_kind
 from nanhunt.observe.memory import storage_key
 from nanhunt.observe.source import is_users_code
-from nanhunt.records.ops import ValueFacts
+from nanhunt.records.labels import is_label
+from nanhunt.records.ops import Spread, ValueFacts
 
 MAX_FRAMES = 30
 """Frames of the user's whose variables are searched."""
+
+MAX_SLICES = 8
+"""Slices named one by one that are non-finite throughout."""
+
+# What torch's own losses call what is not the prediction.
+_LOSS_ARGUMENTS = ("target", "weight", "pos_weight")
+_LOSSES = "torch.nn.functional"
 
 
 def find_origin(tensor: Tensor, modules: Iterable[tuple[str, nn.Module]], optimizers: Iterable[Optimizer]) -> Origin:
@@ -68,20 +76,56 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _in_variables(wanted: int, frame: FrameType | None) -> Origin:
     """The variable that holds the tensor, in the user's frames, innermost first; it is data."""
-    num_seen = 0
+    num_seen, role = 0, ""
     while frame is not None and num_seen < MAX_FRAMES:
+        role = role or _role_in_loss(wanted, frame)
         if is_users_code(frame.f_code):
             num_seen += 1
             for name, value in list(frame.f_locals.items()):
                 for path, found in _tensors(name, value, depth=2):
                     if _is_same(found, wanted):
-                        return Origin("batch", path)
+                        is_named = not role or role.startswith(f"{path} of ")
+                        return Origin("batch", role or path if is_named else f"{path} ({role})")
                 if isinstance(value, nn.Module):
                     owned = _in_model(wanted, value, f"<{type(value).__name__}>")
                     if owned is not None:
                         return owned
         frame = frame.f_back
-    return Origin("batch")
+    return Origin("batch", role)
+
+
+def _role_in_loss(wanted: int, frame: FrameType) -> str:
+    """``target of mse_loss`` where the frame is that of one of torch's losses, which was given the tensor."""
+    name = frame.f_code.co_name
+    if frame.f_globals.get("__name__") != _LOSSES or not name.endswith(("loss", "entropy", "logits")):
+        return ""
+    arguments = [argument for argument in _LOSS_ARGUMENTS if _is_same(frame.f_locals.get(argument), wanted)]
+    return f"{arguments[0]} of {name}" if arguments else ""
+
+
+def role_of_input(module: nn.Module, position: int) -> str:
+    """`` (target of MSELoss)`` where the argument at this position of its forward is called so; else nothing."""
+    code = getattr(type(module).forward, "__code__", None)
+    names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
+    name = names[position] if position < len(names) else ""
+    kind = type(module).__name__
+    is_telling = is_label(name) or (name in _LOSS_ARGUMENTS and kind.endswith("Loss"))
+    return f" ({name} of {kind})" if is_telling else ""
+
+
+def spread_of(tensor: Tensor) -> Spread | None:
+    """How the non-finite elements of a batch lie in it; None where there are no samples to tell apart."""
+    if tensor.layout is not torch.strided or tensor.dim() < 1 or not tensor.numel():
+        return None
+    values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().to(torch.float32)
+    bad = ~torch.isfinite(values)
+    rows = bad.reshape(len(bad), -1)
+    whole: list[tuple[int, int]] = []
+    if len(bad) > 1 and not bool(rows.all()):
+        for dim in range(1, bad.dim()):
+            flat = bad.movedim(dim, 0).reshape(bad.shape[dim], -1).all(dim=1)
+            whole += [(dim, int(position)) for position in flat.nonzero()[:MAX_SLICES]]
+    return Spread(int(rows.any(dim=1).sum()), int(rows.all(dim=1).sum()), tuple(whole[:MAX_SLICES]))
 
 
 def _tensors(name: str, value: Any, *, depth: int) -> Iterator[tuple[str, Tensor]]:

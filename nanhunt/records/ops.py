@@ -1,7 +1,9 @@
 """Records of the exact tracer: operations, where non-finite values came from, and what they reached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from nanhunt.records.updates import OptimizerFacts
 
 Phase = Literal["forward", "backward", "clip", "optimizer", "data", "weights"]
 
@@ -99,6 +101,22 @@ class OpRecord:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How the non-finite elements of a tensor lie in it.
+
+    Attributes:
+        num_samples: Slices along the first dimension that hold one.
+        num_whole_samples: Those of them that hold nothing else.
+        whole_slices: Dimension and position of slices along another dimension that hold nothing else, such as a
+            channel; the first few.
+    """
+
+    num_samples: int
+    num_whole_samples: int = 0
+    whole_slices: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class StateSource:
     """A tensor that was non-finite before any traced operation touched it.
 
@@ -116,6 +134,7 @@ class StateSource:
         step: Optimizer step it was found in.
         micro_step: Part of an accumulated step.
         phase: Part of the step it belongs to, where the kind does not say.
+        spread: How its non-finite elements lie in a batch; None for the rest.
     """
 
     index: int
@@ -141,6 +160,7 @@ class StateSource:
     step: int = 0
     micro_step: int = 0
     phase: Phase | None = None
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +185,7 @@ class Trace:
         num_dropped: Records beyond the memory bound, counted only.
         skipped: Kinds of tensors that could not be looked at, with their number.
         problems: Failures of the tracer itself, one line each.
+        updates: What the optimizers were doing.
     """
 
     num_ops: int
@@ -174,6 +195,7 @@ class Trace:
     num_dropped: int = 0
     skipped: tuple[tuple[str, int], ...] = ()
     problems: tuple[str, ...] = ()
+    updates: OptimizerFacts = field(default_factory=OptimizerFacts)
 
     def op_at(self, index: int) -> OpRecord | None:
         """The record of the operation with this index."""

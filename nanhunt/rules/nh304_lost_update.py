@@ -16,6 +16,9 @@ Known limits:
     Some elements of up to 64 parameters are compared, not all.
 """
 
+import math
+from dataclasses import replace
+
 from nanhunt.findings import Location
 from nanhunt.numerics import count
 from nanhunt.records.health import Health, StepHealth, UpdateCount
@@ -68,7 +71,8 @@ def _should_have_moved(health: Health, stuck: list[StepHealth]) -> bool:
     rates = [step.lr or 0.0 for step in stuck]
     highest = max(step.lr or 0.0 for step in health.steps)
     norms = [step.gradient_norm for step in health.steps[:8] if step.gradient_norm is not None]
-    norm = stuck[-1].gradient_norm or 0.0
+    # The last step of a run that ended in a fault has no finite norm, and was not stuck for that.
+    norm = next((s.gradient_norm for s in reversed(stuck) if s.gradient_norm and math.isfinite(s.gradient_norm)), 0.0)
     is_steady = rates == sorted(rates, reverse=True) and rates[-1] > 0 and rates[-1] >= highest / 2
     return is_steady and norm > 0.1 * max(norms, default=0.0)
 
@@ -82,7 +86,10 @@ def _run(updates: UpdateCount, *rates: float, norm: float = 1.0) -> Health:
 
 
 _NONE = UpdateCount(64, 0, 32, 0, is_thorough=True)
-FLAGGED = (_run(_NONE, *[1e-5] * 4), _run(UpdateCount(9000, 500, 4500, 0, is_thorough=True), *[1e-5] * 5))
+_ENDED = replace(
+    _run(_NONE, *[1e-5] * 4), steps=(*_run(_NONE, *[1e-5] * 4).steps, StepHealth(4, math.nan, 1e-5, _NONE))
+)
+FLAGGED = (_run(_NONE, *[1e-5] * 4), _ENDED, _run(UpdateCount(9000, 500, 4500, 0, is_thorough=True), *[1e-5] * 5))
 CLEAN = (
     _run(_NONE, *[1e-5] * 3),
     _run(_NONE, *[0.0] * 4),

@@ -1,46 +1,30 @@
-"""non-finite-state: a weight, buffer or optimizer moment was NaN or infinite before the step began.
+"""non-finite-state: something that was there before the step was NaN or infinite, and it is neither weight nor buffer.
 
 What it does:
-    Looks at parameters, buffers and optimizer state before the forward pass, and at memory and constants at their
-    first use.
+    Names what no other rule for state knows: a tensor of the step that no traced operation wrote, of a kind of its own.
 
 Why it matters:
-    The step is only where it shows: it came from an earlier one or a checkpoint, and this batch is innocent.
+    The step is only where it shows: it came from before, and this batch is innocent.
 
 Use instead:
-    Capture the step that wrote it: run under ``nanhunt.watch`` from a healthy checkpoint.
+    Look at what wrote it last, before the trace began.
 """
 
-from nanhunt.records.ops import StateSource, ValueFacts
-from nanhunt.rules.nh101_non_finite_activation import describe
+from nanhunt.records.ops import OpRecord, StateSource, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
-
-_STATE = ("parameter", "buffer", "module attribute", "optimizer state", "constant", "uninitialised memory")
+from nanhunt.rules.state_words import state_judgement
 
 
 def _judge(case: Case) -> Judgement | None:
     source = case.offender
-    if not isinstance(source, StateSource) or source.kind not in _STATE:
+    if not isinstance(source, StateSource):
         return None
-    what = f"{source.kind} {source.name}".strip()
-    evidence = {"num_nonfinite": source.facts.num_nonfinite, "first_position": list(source.first_index)}
-    others = sum(1 for other in case.trace.sources if other.kind == source.kind) - 1
-    more = (f"{others:,} more of kind {source.kind} are non-finite",) if others > 0 else ()
-    if source.kind in ("constant", "uninitialised memory"):
-        found = "no operation of the step wrote it: it was made before the step, or holds whatever the memory held"
-        return Judgement(
-            f"{what} holds {describe(source.facts)} at its first use", evidence=evidence, notes=(found, *more)
-        )
-    return Judgement(
-        f"{what} holds {describe(source.facts)} before the step",
-        evidence=evidence,
-        notes=("it was there before this step: an earlier one wrote it, or it came with a checkpoint", *more),
-        help=("run under nanhunt.watch from a checkpoint that is still finite",),
-    )
+    found = "no operation of the step wrote it"
+    return state_judgement(case, source, when="before its first use", notes=(found,), help_text="look at what wrote it")
 
 
-RULE = Rule("NH701", "non-finite-state", "non-finite-state", _judge)
+RULE = Rule("NH701", "non-finite-state", "unknown", _judge)
 
 _FACTS = ValueFacts((2, 3), "float32", num_nan=1)
-FLAGGED = (Case(StateSource(-1, "parameter", "head.weight", _FACTS, (1, 2))),)
-CLEAN = (Case(StateSource(-1, "batch", "batch.windows", _FACTS, (1, 2))),)
+FLAGGED = (Case(StateSource(-1, "another kind", "cache", _FACTS, (1, 2))),)  # type: ignore[arg-type]
+CLEAN = (Case(OpRecord(3, "aten::exp", "birth", "forward", "head", None, outputs=(_FACTS,))),)

@@ -126,7 +126,7 @@ def test_the_same_nan_weight_on_all_ranks_is_one_finding(seen: Seen, name: str):
     for rank in (0, 1):
         found = seen[rank][name]
         [finding] = found["findings"]
-        assert (finding["code"], finding["phase"], finding["op"]) == ("NH701", "weights", "")
+        assert (finding["code"], finding["phase"], finding["op"]) == ("NH702", "weights", "")
         assert finding["module"].removeprefix("module.") == "body.2"
         assert finding["tensor"].removeprefix("module.") == "body.2.weight"
         assert (finding["place"], finding["rank"]) == ([0, 0], 0)
@@ -136,7 +136,7 @@ def test_the_same_nan_weight_on_all_ranks_is_one_finding(seen: Seen, name: str):
 def test_a_nan_weight_in_the_shard_of_rank_1_is_found_there(seen: Seen):
     for rank in (0, 1):
         [finding] = seen[rank]["fsdp nan weight on rank 1"]["findings"]
-        assert (finding["code"], finding["tensor"], finding["rank"]) == ("NH701", "body.2.weight", 1)
+        assert (finding["code"], finding["tensor"], finding["rank"]) == ("NH702", "body.2.weight", 1)
         assert finding["message"].startswith("parameter body.2.weight holds 1 NaN among 16 elements")
 
 
