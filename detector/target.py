@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from detector.config import PRESETS, DetectorConfig
 from detector.losses import focal_loss
 from detector.model import SeizureDetector
-from detector.optim import build_optimizer
+from detector.optim import build_optimizer, build_scheduler
 from detector.windows import Batch, synthetic_batches
 
 
@@ -42,6 +42,10 @@ class DetectorTarget:
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The trainer's optimizer."""
         return build_optimizer(model, self.detector_config.train)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The trainer's learning-rate schedule."""
+        return build_scheduler(optimizer, self.detector_config.train)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The trainer's loss, ()."""

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 from nanhunt.errors import CaptureError, NanhuntError, NonFiniteStep, TargetError
 
 if TYPE_CHECKING:
+    from nanhunt.audit.data import audit_data
+    from nanhunt.audit.dtype import audit_dtype
+    from nanhunt.audit.init import audit_init
+    from nanhunt.audit.optimizer import audit_optimizer
     from nanhunt.capture.format import Capture, read_capture
     from nanhunt.capture.watch import Fault, Watch, watch
     from nanhunt.compare import Comparison, compare_compiled
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
 
 # Served on first use, so that what needs no torch starts without it.
 _LAZY = {
+    "audit_data": "nanhunt.audit.data",
+    "audit_dtype": "nanhunt.audit.dtype",
+    "audit_init": "nanhunt.audit.init",
+    "audit_optimizer": "nanhunt.audit.optimizer",
     "Capture": "nanhunt.capture.format",
     "read_capture": "nanhunt.capture.format",
     "Fault": "nanhunt.capture.watch",
@@ -40,6 +48,10 @@ __all__ = [
     "NonFiniteStep",
     "TargetError",
     "Watch",
+    "audit_data",
+    "audit_dtype",
+    "audit_init",
+    "audit_optimizer",
     "compare_compiled",
     "read_capture",
     "replay",
