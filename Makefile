@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types contracts unit score bench full-size clean
+.PHONY: demo test lint types contracts unit docs score bench full-size clean
 
 # The main job. Exit code 1 means "a fault was found", which is what this file is for.
 demo: .venv/installed
@@ -24,6 +24,10 @@ contracts: .venv/installed-dev
 
 unit: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# One page for each rule, from its docstring; a test compares them.
+docs: .venv/installed
+	$(BIN)/python -m nanhunt.rules.write_pages docs/rules
 
 # How many faults of the corpus the exact tracer places right, and how often it cries wolf.
 score: .venv/installed-dev

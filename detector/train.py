@@ -1,8 +1,6 @@
 """The trainer: one loop that can fail honestly."""
 
 import contextlib
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from detector.optim import build_scheduler
 from detector.target import DetectorTarget
 from detector.windows import Batch
 from nanhunt.errors import NanhuntError
+from nanhunt.files import write_whole
 
 
 class DivergedError(NanhuntError):
@@ -117,7 +116,11 @@ class Trainer:
         return float(loss.detach()), float(norm)
 
     def save(self, path: Path) -> None:
-        """Writes weights, optimizer, schedule, step and configuration, whole or not at all."""
+        """Writes weights, optimizer, schedule, step and configuration, whole or not at all.
+
+        Raises:
+            NanhuntError: If it cannot be written.
+        """
         state = {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -125,16 +128,7 @@ class Trainer:
             "step": self.num_steps_done,
             "config": self.config.to_dict(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_whole(path, lambda file: torch.save(state, file))
 
     def _watch(self, out_dir: Path, on_fault: str, trace_finite: bool) -> nanhunt.Watch:
         options: dict[str, Any] = {"out_dir": out_dir, "on_fault": on_fault, "trace_finite": trace_finite}

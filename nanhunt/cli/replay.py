@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from nanhunt.cli.output import AsJson, FailOnOption, Format, GitBisect, Ignore, Out, deliver, exit_code
 from nanhunt.memory import keep_freed_memory
@@ -40,6 +39,8 @@ def replay(
 
       nanhunt replay old_batch.pt --checkpoint last.pt --json > report.json
     """
+    from rich.console import Console
+
     from nanhunt.experiments.replay import replay as run_replay
 
     keep_freed_memory()

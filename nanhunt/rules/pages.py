@@ -39,14 +39,14 @@ def find_rule(code: str) -> Rule:
         NanhuntError: If there is none.
     """
     for rule in all_rules():
-        if code.upper() == rule.code or code == rule.name:
+        if code.upper() == rule.code.upper() or code == rule.name:
             return rule
     raise NanhuntError(f"no rule {code!r}", help="`nanhunt rules` lists them")
 
 
 def page(rule: Rule) -> str:
     """The page as text, under the rule's code."""
-    return f"{rule.code} {rule.doc}"
+    return f"{rule.code} {rule.doc or f'{rule.name}: {rule.module} has no docstring.'}"
 
 
 def parts(rule: Rule) -> Page:

@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 from typing import Any, Literal, NamedTuple
 
 import nanhunt.rules
-from nanhunt.errors import first_line
+from nanhunt.errors import NanhuntError, first_line
 from nanhunt.findings import Finding, Location, Severity, Skip
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.health import Health
@@ -128,7 +128,7 @@ def find_rules() -> Found:
     """Every rule, by code: those of this folder, then those of installed packages.
 
     Raises:
-        ValueError: If two rules have the same code.
+        NanhuntError: If two rules have the same code.
     """
     names = sorted(module.name for module in iter_modules(nanhunt.rules.__path__) if module.name.startswith("nh"))
     rules = [import_module(f"nanhunt.rules.{name}").RULE for name in names]
@@ -151,7 +151,8 @@ def find_rules() -> Found:
     codes = [rule.code for rule in rules]
     taken = sorted({code for code in codes if codes.count(code) > 1})
     if taken:
-        raise ValueError(f"rule code {taken[0]} is taken twice")
+        modules = " and ".join(rule.module for rule in rules if rule.code == taken[0])
+        raise NanhuntError(f"rule code {taken[0]} is taken twice: by {modules}")
     return Found(tuple(rules), tuple(unusable))
 
 
@@ -159,7 +160,7 @@ def all_rules() -> tuple[Rule, ...]:
     """Every rule, by code.
 
     Raises:
-        ValueError: If two rules have the same code.
+        NanhuntError: If two rules have the same code.
     """
     return find_rules().rules
 
@@ -217,11 +218,12 @@ def judge_record(record: Any) -> Judged:
         if not answers:
             passes.append(rule.code)
         for answer in answers:
-            if isinstance(answer, Skip):
+            if isinstance(answer, Judgement) and answer.location is not None:
+                findings.append(_finding(rule, answer, answer.location))
+            elif isinstance(answer, Skip):
                 skips.append(Skip(f"{rule.code} {rule.name}", answer.reason))
             else:
-                assert answer.location is not None
-                findings.append(_finding(rule, answer, answer.location))
+                skips.append(Skip(f"{rule.code} {rule.name}", "its answer is no judgement with a location"))
     findings.sort(key=lambda found: (found.location.step or 0, found.severity != "error", found.code))
     return Judged(tuple(findings), tuple(passes), tuple(skips))
 

@@ -1,7 +1,7 @@
 """What the sentinel saw of a script, as a report, and where reports go.
 
 A report goes to standard error, for standard output is the script's own and may be piped; a program takes it from the
-file that ``--json`` names.
+file that ``--report`` or ``--json`` names.
 """
 
 import contextlib
@@ -10,21 +10,24 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 
 from nanhunt.capture.watch import Fault
-from nanhunt.errors import NanhuntError
+from nanhunt.files import write_text
 from nanhunt.findings import Finding, Location, Report, Skip, Verdict
 from nanhunt.hunt import rank
 from nanhunt.reports import console as console_report
-from nanhunt.reports import json_report
 from nanhunt.script.sentinel import Found, Sentinel
 
+Render = Callable[[Report], str]
+
+_IGNORED = "ignored: "
 _WIDTH = 100
 _MANY_STEPS = 8
 _EVERY_STEP, _SCRIPT = "every step", "looking at the script"
@@ -60,34 +63,49 @@ def own_folder(folder: Path) -> Path:
     return folder / f"rank{rank()}" if num_ranks() > 1 else folder
 
 
-def publish(report: Report, json_file: Path | None, *, is_clean_end: bool) -> None:
+def is_unseen(report: Report) -> bool:
+    """Whether nothing of the script was looked at, so that the report says nothing of it."""
+    return any(skip.what == _EVERY_STEP for skip in report.skips)
+
+
+def publish(
+    report: Report,
+    *,
+    is_clean_end: bool,
+    files: Mapping[Path, Render] = MappingProxyType({}),
+    render: Render | None = None,
+) -> None:
     """Prints the report if it has something to say, and writes it where a program wants it.
 
     Args:
         report: The report.
-        json_file: Where it goes as JSON.
         is_clean_end: Whether the script itself ended well, so that silence would be taken for a clean bill.
+        files: Where it is written, and what makes the text.
+        render: Makes the text that is printed, whether or not anything was found; None for that of a terminal.
 
     Raises:
-        NanhuntError: If the file cannot be written.
+        NanhuntError: If a file cannot be written, or the text cannot be made.
     """
-    if not report.findings and is_clean_end:
+    if render is not None:
+        say(render(report))
+    else:
+        _say_console(report, is_clean_end=is_clean_end)
+    for file, text_of in files.items():
+        write_text(own_path(file), text_of(report))
+
+
+def _say_console(report: Report, *, is_clean_end: bool) -> None:
+    if not report.findings:
         for skip in report.skips:
-            if skip.what in (_EVERY_STEP, _SCRIPT):
-                say(f"nanhunt: not done: {skip.what}: {skip.reason}\n")
-    if report.findings:
-        is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        console = Console(file=io.StringIO(), width=_WIDTH, force_terminal=is_terminal, highlight=False)
-        console_report.print_report(report, console)
-        assert isinstance(console.file, io.StringIO)
-        say(f"\n{console.file.getvalue()}")
-    if json_file is not None:
-        file = own_path(json_file)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json_report.render(report) + "\n")
-        except OSError as error:
-            raise NanhuntError(f"cannot write {file}: {error.strerror}") from error
+            is_ignored = skip.reason.startswith(_IGNORED)
+            if is_ignored or (is_clean_end and skip.what in (_EVERY_STEP, _SCRIPT)):
+                say(f"nanhunt: {'' if is_ignored else 'not done: '}{skip.what}: {skip.reason}\n")
+        return
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    console = Console(file=io.StringIO(), width=_WIDTH, force_terminal=is_terminal, highlight=False)
+    console_report.print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    say(f"\n{console.file.getvalue()}")
 
 
 def say(text: str) -> None:
@@ -156,9 +174,12 @@ def _finding(found: Found, fault: Fault, command: Sequence[str]) -> Finding:
 
 def _place(found: Found, fault: Fault) -> tuple[str, str, list[str]]:
     """Phase and module, as far as hooks can tell, and what is to be said of it."""
-    seen = fault.module_fault
+    seen, has_finite_loss = fault.module_fault, math.isfinite(fault.loss)
     if seen is None:
-        return ("backward" if math.isfinite(fault.loss) and not fault.crash else "forward"), "", []
+        return ("backward" if has_finite_loss and not fault.crash else "forward"), "", []
+    if seen.phase == "backward" and not has_finite_loss and not fault.crash:
+        # What made the loss is in no module: all of them gave finite values.
+        return "forward", "", [seen.message]
     seen = replace(seen, modules=tuple(_joined(found.path, name) for name in seen.modules))
     return seen.phase, " or ".join(seen.modules), [seen.message]
 

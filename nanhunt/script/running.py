@@ -4,19 +4,31 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanhunt.capture.watch import OnFault
 from nanhunt.errors import NanhuntError, NonFiniteStep
-from nanhunt.findings import Report
+from nanhunt.findings import Report, Severity
 from nanhunt.hunt import trace
 from nanhunt.script.program import Program, exit_code_of, load_module, load_script, show_ending
-from nanhunt.script.report import num_ranks, own_folder, publish, report_of, report_of_trace
+from nanhunt.script.report import (
+    Render,
+    is_unseen,
+    num_ranks,
+    own_folder,
+    publish,
+    report_of,
+    report_of_trace,
+)
 from nanhunt.script.sentinel import Sentinel
+from nanhunt.settings import without_ignored
+
+CANNOT_BE_TESTED = 125
+"""What ``git bisect run`` takes for a commit that can be called neither good nor bad."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,11 @@ class Settings:
         out_dir: Folder of the captures.
         on_fault: What the sentinel does at a fault.
         max_captures: Captures written at most.
-        json_file: Where the report goes as JSON.
-        fails_on_fault: Whether a fault makes the exit code 1.
+        files: Where the report is written, and what makes the text.
+        render: Makes the text that is printed; None for that of a terminal, where something was found.
+        ignored: Why findings are ignored, by rule code.
+        fail_on: Severities of findings that make the exit code 1.
+        is_bisecting: Whether an exit code above 0 that is no finding's is to say "cannot be tested".
     """
 
     is_module: bool = False
@@ -38,8 +53,11 @@ class Settings:
     out_dir: Path = Path("debug")
     on_fault: OnFault = "raise"
     max_captures: int = 20
-    json_file: Path | None = None
-    fails_on_fault: bool = True
+    files: Mapping[Path, Render] = field(default_factory=dict)
+    render: Render | None = None
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    fail_on: tuple[Severity, ...] = ("error",)
+    is_bisecting: bool = False
 
 
 def run_script(command: Sequence[str], settings: Settings) -> int:
@@ -56,17 +74,27 @@ def run_script(command: Sequence[str], settings: Settings) -> int:
     sys.excepthook = sys.__excepthook__
     streams, process = (sys.stdout, sys.stderr), os.getpid()
     report, error = _run(command, settings)
-    is_child = os.getpid() != process
-    has_fault = report is not None and any(found.severity == "error" for found in report.findings) and not is_child
-    if error is not None and not (has_fault and isinstance(error, NonFiniteStep)):
+    # A process that the script has forked reports nothing.
+    is_parent = os.getpid() == process
+    report = without_ignored(report, settings.ignored) if report is not None and is_parent else None
+    severities = {found.severity for found in report.findings} if report is not None else set()
+    if error is not None and not ("error" in severities and isinstance(error, NonFiniteStep)):
         show_ending(error)
     # What the script has put in their place is its own.
     sys.stdout, sys.stderr = streams
-    if report is not None and not is_child:
-        publish(report, settings.json_file, is_clean_end=exit_code_of(error) == 0)
+    if report is not None:
+        publish(report, is_clean_end=exit_code_of(error) == 0, files=settings.files, render=settings.render)
     if num_ranks() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return 1 if has_fault and settings.fails_on_fault else exit_code_of(error)
+    if severities.intersection(settings.fail_on):
+        return 1
+    return _bisected(report, exit_code_of(error)) if settings.is_bisecting else exit_code_of(error)
+
+
+def _bisected(report: Report | None, code: int) -> int:
+    """The exit code for ``git bisect run``, to which it must not seem that a script that failed has been tested."""
+    is_tested = code == 0 and report is not None and not is_unseen(report)
+    return code if is_tested or code >= 128 else CANNOT_BE_TESTED
 
 
 def _run(command: Sequence[str], settings: Settings) -> tuple[Report | None, BaseException | None]:

@@ -20,11 +20,32 @@ from detector.recording import CHANNELS
 from nanhunt.capture.format import Capture, write_capture
 from nanhunt.cli import app as program
 
+REPORTED = ["--json", "--format", "--out", "--fail-on", "--git-bisect", "--ignore"]
+AUDITED = ["file", "--target", "--config", "--seed", *REPORTED]
 VERBS = {
-    "run": ["script", "-m", "--exact", "--on-fault", "--out", "--max-captures", "--json", "--fail"],
-    "replay": ["file", "--checkpoint", "--target", "--json", "--seeds"],
-    "rules": [],
-    "explain": ["code"],
+    "run": [
+        "script",
+        "-m",
+        "--exact",
+        "--on-fault",
+        "--out",
+        "--max-captures",
+        "--report",
+        "--json",
+        "--format",
+        "--fail",
+        "--fail-on",
+        "--git-bisect",
+        "--ignore",
+    ],
+    "replay": ["file", "--checkpoint", "--target", "--seeds", *REPORTED],
+    "audit": AUDITED,
+    "audit-optimizer": AUDITED,
+    "audit-dtype": AUDITED,
+    "audit-init": AUDITED,
+    "audit-data": AUDITED,
+    "rules": ["--json"],
+    "explain": ["code", "--json"],
     "train": [
         "--preset",
         "--steps",

@@ -65,7 +65,7 @@ def test_codes_and_names_are_used_once():
 def test_a_code_used_twice_is_refused(monkeypatch):
     taken = all_rules()[0]
     monkeypatch.setattr(registry, "import_module", lambda name: type("module", (), {"RULE": taken}))
-    with pytest.raises(ValueError, match=f"rule code {taken.code} is taken twice"):
+    with pytest.raises(NanhuntError, match=f"rule code {taken.code} is taken twice"):
         registry.find_rules.__wrapped__()
 
 
@@ -169,11 +169,23 @@ def test_an_operation_that_no_rule_knows_is_still_a_finding(phase):
 
 
 @pytest.mark.parametrize(
-    "kind", ["batch", "parameter", "buffer", "optimizer state", "constant", "uninitialised memory"]
+    ("kind", "code"),
+    [
+        ("batch", "NH601"),
+        ("parameter", "NH702"),
+        ("buffer", "NH703"),
+        ("module attribute", "NH707"),
+        ("optimizer state", "NH704"),
+        ("constant", "NH706"),
+        ("uninitialised memory", "NH705"),
+        ("output gradient", "NH602"),
+        ("collective", "NH207"),
+        ("a kind that no rule knows", "NH701"),
+    ],
 )
-def test_every_kind_of_state_has_a_rule(kind):
+def test_every_kind_of_state_has_a_rule(kind, code):
     finding = judge(Case(StateSource(-1, kind, "x", FACTS[0], (1,))))
-    assert finding.code == ("NH601" if kind == "batch" else "NH701")
+    assert finding.code == code
     assert isinstance(finding, Finding)
 
 

@@ -29,7 +29,7 @@ class Run:
     edit_gradients: Callable[[int], Any] = lambda step: None
     norms: list[float] = field(default_factory=list)
 
-    def findings(self, num_steps: int = NUM_STEPS) -> list[Finding]:
+    def findings(self, num_steps: int = NUM_STEPS) -> tuple[Finding, ...]:
         modules = {
             f"{key}.{name}".strip("."): module
             for key, model in self.models.items()
@@ -329,14 +329,14 @@ HEALTHY: dict[str, Callable[[], Run]] = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_has_no_finding(name: str):
     run = HEALTHY[name]()
-    assert run.findings() == []
+    assert run.findings() == ()
     assert all(math.isfinite(norm) for norm in run.norms) or run.scaler is not None
 
 
 # Runs that go wrong
 
 
-def only(findings: list[Finding], code: str) -> Finding:
+def only(findings: tuple[Finding, ...], code: str) -> Finding:
     [found] = [finding for finding in findings if finding.code == code]
     return found
 
