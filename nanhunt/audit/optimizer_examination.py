@@ -252,7 +252,7 @@ class Examination:
 
     def _steps(self, rates: list[float], may_start: bool) -> DryRun | None:
         """Steps on small copies, then one on copies of the parameters."""
-        optimizer = self._given.optimizer
+        given, optimizer = self._given, self._given.optimizer
         probes, skips = probe_steps(optimizer, rates)
         gradients, source = self._gradients, self._source
         bad = [one for one in (gradients or {}).values() if one is not None and not bool(one.isfinite().all())]
@@ -263,9 +263,10 @@ class Examination:
             gradients = None
         if gradients is None:
             source = "as the second moments say" if may_start else "of unit size"
-        elif self._given.max_grad_norm is not None and source == "of a batch":
-            gradients = clipped(gradients, self._given.max_grad_norm)
+        elif given.max_grad_norm is not None and source == "of a batch":
+            gradients = clipped(gradients, given.max_grad_norm)
         run, more = dry_run(optimizer, self._names, gradients, source, rates, with_state=may_start)
+        run = run and replace(run, max_norm=given.max_grad_norm, says_clipping=given.says_clipping)
         self._records += [*probes, *([run] if run is not None else [])]
         self._skips += [*skips, *more]
         return run

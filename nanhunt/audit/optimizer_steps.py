@@ -201,5 +201,13 @@ def _update(
         if watched and not moved:
             stuck.append(name)
     return UpdateFacts(
-        *(index, dtype, rate, len(seen), num_elements, num_unchanged, tuple(stuck), num_nonfinite, first, is_sized)
+        *(index, dtype, rate, len(seen), num_elements, num_unchanged, tuple(stuck), num_nonfinite, first, is_sized),
+        moved_by=_moved_by([(before, after) for before, after, _, _ in seen]),
     )
+
+
+def _moved_by(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+    """Norm of the change over that of the weights, in float64."""
+    change = math.hypot(*(float(torch.linalg.vector_norm(after.double() - before.double())) for before, after in pairs))
+    size = math.hypot(*(float(torch.linalg.vector_norm(before.double())) for before, _ in pairs))
+    return change / size if 0 < size < math.inf and math.isfinite(change) else None

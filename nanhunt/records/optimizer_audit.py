@@ -154,6 +154,7 @@ class UpdateFacts:
         num_nonfinite: Elements that became non-finite though they and their gradients were finite.
         first_nonfinite: The parameter with the first of these.
         depends_on_size: Whether the update grows with the gradient.
+        moved_by: Norm of the change over the norm of the weights; None where the weights are all 0 or non-finite.
     """
 
     group: int
@@ -166,6 +167,7 @@ class UpdateFacts:
     num_nonfinite: int = 0
     first_nonfinite: str = ""
     depends_on_size: bool = False
+    moved_by: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +178,15 @@ class DryRun:
         gradients: Where its gradients came from.
         rate: In words, which rate it ran at.
         updates: What changed, by group and type.
+        max_norm: Total norm the gradients were clipped to before; None where nobody clips, or nobody says so.
+        says_clipping: Whether it is known that nobody does.
     """
 
     gradients: Gradients
     rate: str
     updates: tuple[UpdateFacts, ...]
+    max_norm: float | None = None
+    says_clipping: bool = False
 
 
 @dataclass(frozen=True)

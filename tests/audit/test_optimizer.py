@@ -358,3 +358,27 @@ def test_the_report_fits_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     assert "learning rate" in text
     assert "one infinite gradient becomes NaN" in text
+
+
+@pytest.mark.parametrize(
+    ("gain", "max_grad_norm", "is_found"), [(1e3, None, True), (1e3, 1.0, False), (1e-2, None, False)]
+)
+def test_a_step_larger_than_the_weights_asks_for_clipping(gain, max_grad_norm, is_found):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False)
+    x = torch.randn(8, 4)
+    gradient = torch.autograd.grad((model(x) * gain).square().mean(), model.weight)[0]
+    moved_by = 0.1 * float(gradient.norm()) / float(model.weight.detach().norm())
+
+    report = nanhunt.audit_optimizer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        batch=x,
+        loss=lambda model, x: (model(x) * gain).square().mean(),
+        max_grad_norm=max_grad_norm,
+    )
+
+    found = [finding for finding in report.findings if finding.code == "NH339"]
+    assert bool(found) == is_found
+    if found:
+        assert found[0].evidence["moved_by"] == pytest.approx(moved_by, rel=1e-5)
