@@ -45,7 +45,7 @@ def _judge(case: Case) -> Judgement | None:
     )
 
 
-RULE = Rule("NH604", "cast-overflow", "cast-overflow", _judge, goes_before=("NH108", "NH404"))
+RULE = Rule("NH604", "cast-overflow", "cast-overflow", _judge, goes_before=("NH108",))
 
 
 def _cast(value: float, given: str = "float64", made: str = "float32", op: str = "aten::_to_copy") -> Case:
