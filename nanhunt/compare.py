@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nanhunt.capture.rng import rng_state, set_rng_state
+from nanhunt.capture.put_back import put_back
+from nanhunt.capture.rng import rng_state
 from nanhunt.findings import Finding
 from nanhunt.hunt import trace
 from nanhunt.records.comparison import Difference, StepRun
@@ -154,7 +155,7 @@ class _Step:
 
     def run_eager(self) -> tuple[_Outcome, Finding | None]:
         """The code as written, under the exact tracer."""
-        with self._put_back():
+        with put_back(self._module):
             before = rng_state()
             with trace(self._module, outputs="auto" if self._loss is not None else "always", finite=False) as hunt:
                 outcome = self._run(self._eager, self._batch, self._module)
@@ -169,7 +170,7 @@ class _Step:
 
     def run_compiled(self, backend: Any, options: dict[str, Any]) -> _Outcome:
         """Compiled, with no mode on."""
-        with self._put_back():
+        with put_back(self._module):
             if self._is_compiled:
                 return self._run(self._model, self._batch, self._module)
             with _random_numbers_as_written(backend):
@@ -179,7 +180,7 @@ class _Step:
     def run_float64(self) -> _Outcome:
         """The code as written, with parameters, buffers, batch and new constants in float64."""
         default = torch.get_default_dtype()
-        with self._put_back(), torch.compiler.set_stance("force_eager"):
+        with put_back(self._module), torch.compiler.set_stance("force_eager"):
             try:
                 module = copy.deepcopy(self._module).double() if self._module is not None else None
                 function: Any = self._eager if module is None else module
@@ -218,24 +219,6 @@ class _Step:
             gradients={f"gradient of {name}": _plain(tensor) for name, tensor in _gradients(module, batch)},
             error=error,
         )
-
-    @contextlib.contextmanager
-    def _put_back(self) -> Iterator[None]:
-        """Lets a run begin without gradients, and restores them, the state and the random generators after it."""
-        random = rng_state()
-        state = [] if self._module is None else [*self._module.parameters(), *self._module.buffers()]
-        copies = [tensor.detach().clone() for tensor in state]
-        gradients = [tensor.grad for tensor in state]
-        for tensor in state:
-            tensor.grad = None
-        try:
-            yield
-        finally:
-            for tensor, saved, gradient in zip(state, copies, gradients, strict=True):
-                # Past the version counter: a graph of the caller's may still need the tensor.
-                tensor.data.copy_(saved)
-                tensor.grad = gradient
-            set_rng_state(random)
 
 
 class _Called:

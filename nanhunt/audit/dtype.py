@@ -21,7 +21,7 @@ from nanhunt.audit.report import report_of
 from nanhunt.audit.shadow import is_number, name_of
 from nanhunt.audit.subject import Subject, find_subject
 from nanhunt.capture.format import tensor_paths
-from nanhunt.capture.rng import rng_state, set_rng_state
+from nanhunt.capture.put_back import put_back
 from nanhunt.errors import NanhuntError, TargetError, first_line
 from nanhunt.findings import Report, Skip
 from nanhunt.numerics import count
@@ -177,7 +177,7 @@ def _audit(step: _Step, progress: Progress) -> Report:
     started = time.perf_counter()
     progress("running one step, and its operations again in float64")
     probe = DtypeProbe(step.model)
-    with _put_back(step.model, step.rng):
+    with put_back(step.model, step.rng):
         root, refused, ended = _run(step, probe)
     audit = probe.records(root)
     if refused is not None and not any(one.error for one in audit.linalg):
@@ -270,24 +270,3 @@ def _facts(step: _Step, audit: DtypeAudit) -> Iterator[tuple[str, str]]:
 
 def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module, rng: dict[str, Any] | None) -> Iterator[None]:
-    """Lets the step begin without gradients, and restores them, the state and the random generators after it."""
-    random = rng_state()
-    state = [*model.parameters(), *model.buffers()]
-    copies = [tensor.detach().clone() for tensor in state]
-    gradients = [tensor.grad for tensor in state]
-    for tensor in state:
-        tensor.grad = None
-    if rng is not None:
-        set_rng_state(rng)
-    try:
-        yield
-    finally:
-        for tensor, saved, gradient in zip(state, copies, gradients, strict=True):
-            # Past the version counter: a graph of the caller's may still need the tensor.
-            tensor.data.copy_(saved)
-            tensor.grad = gradient
-        set_rng_state(random)

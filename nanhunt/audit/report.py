@@ -34,7 +34,10 @@ def report_of(
     all_skips = dict.fromkeys([*skips, *(skip for one in judged for skip in one.skips)])
     errors = sum(finding.severity == "error" for finding in findings)
     numbers = f"{count(errors, 'error')}, {count(len(findings) - errors, 'warning')}"
-    sentences = (f"{numbers}; {count(len(passes), 'rule')} found nothing", "an audit observes; no step was run again with one thing changed")
+    sentences = (
+        f"{numbers}; {count(len(passes), 'rule')} found nothing",
+        "an audit observes; no step was run again with one thing changed",
+    )
     return Report(
         title=title,
         facts=tuple(facts),

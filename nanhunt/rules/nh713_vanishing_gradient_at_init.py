@@ -19,7 +19,8 @@ Known limits:
 from dataclasses import replace
 
 from nanhunt.findings import Location
-from nanhunt.records.init_audit import Init, InitAudit, LayerAtInit, LayerPass
+from nanhunt.records.init_audit import InitAudit
+from nanhunt.rules.init_examples import chain
 from nanhunt.rules.nh711_vanishing_signal_at_init import falls
 from nanhunt.rules.nh715_dead_units_at_init import most_dead
 from nanhunt.rules.registry import Judgement, Rule
@@ -49,18 +50,5 @@ def _judge(audit: InitAudit) -> Judgement | None:
 RULE = Rule("NH713", "vanishing-gradient-at-init", "vanishing-gradient-at-init", _judge, judges=InitAudit)
 
 
-def _chain(gain: float, forward: float = 1.0, depth: int = 8) -> InitAudit:
-    layers = tuple(
-        LayerAtInit(
-            f"layers.{number}",
-            "Linear",
-            (LayerPass(1.0, forward**number, forward**number, gain ** (depth - number)),),
-            Init((0.1,), 0.1, 64),
-        )
-        for number in range(depth)
-    )
-    return InitAudit(1, layers)
-
-
-FLAGGED = (_chain(0.1), _chain(0.01))
-CLEAN = (_chain(1.0), _chain(0.4), _chain(0.01, forward=0.01), replace(_chain(0.01), has_backward=False))
+FLAGGED = (chain(0.1), chain(0.01))
+CLEAN = (chain(1.0), chain(0.4), chain(0.01, forward=0.01), replace(chain(0.01), has_backward=False))

@@ -21,7 +21,8 @@ References:
 """
 
 from nanhunt.findings import Location
-from nanhunt.records.init_audit import Init, InitAudit, LayerAtInit, LayerPass
+from nanhunt.records.init_audit import InitAudit
+from nanhunt.rules.init_examples import chain
 from nanhunt.rules.nh712_exploding_signal_at_init import rises
 from nanhunt.rules.registry import Judgement, Rule
 
@@ -45,18 +46,5 @@ def _judge(audit: InitAudit) -> Judgement | None:
 RULE = Rule("NH714", "exploding-gradient-at-init", "exploding-gradient-at-init", _judge, judges=InitAudit)
 
 
-def _chain(gain: float, forward: float = 1.0, depth: int = 8) -> InitAudit:
-    layers = tuple(
-        LayerAtInit(
-            f"layers.{number}",
-            "Linear",
-            (LayerPass(1.0, forward**number, forward**number, gain ** (depth - number)),),
-            Init((0.1,), 0.1, 64),
-        )
-        for number in range(depth)
-    )
-    return InitAudit(1, layers)
-
-
-FLAGGED = (_chain(5.0),)
-CLEAN = (_chain(1.0), _chain(1.5), _chain(5.0, forward=5.0))
+FLAGGED = (chain(5.0),)
+CLEAN = (chain(1.0), chain(1.5), chain(5.0, forward=5.0))

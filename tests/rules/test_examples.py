@@ -15,20 +15,11 @@ from nanhunt.findings import Finding
 from nanhunt.records.health import Health
 from nanhunt.records.ops import OpRecord, StateSource, ValueFacts
 from nanhunt.rules import registry
-from nanhunt.rules.pages import find_rule, page
+from nanhunt.rules.pages import HEADINGS, find_rule, page
 from nanhunt.rules.registry import Case, Rule, all_rules, judge, judge_record
 
 FILES = sorted(path.stem for path in Path(nanhunt.rules.__path__[0]).glob("nh*.py"))
 MODULES = [import_module(f"nanhunt.rules.{name}") for name in FILES]
-HEADINGS = [
-    "What it does",
-    "Why it matters",
-    "Example",
-    "Use instead",
-    "Known limits",
-    "Settings",
-    "References",
-]
 FACTS = (ValueFacts((4,), "float32", num_nan=1),)
 
 each_rule = pytest.mark.parametrize("module", MODULES, ids=FILES)
