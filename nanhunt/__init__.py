@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nanhunt.compare import Comparison, compare_compiled
     from nanhunt.experiments.replay import replay
     from nanhunt.hunt import Hunt, trace
+    from nanhunt.reports import save_report
 
 # Served on first use, so that what needs no torch starts without it.
 _LAZY = {
@@ -36,6 +37,7 @@ _LAZY = {
     "replay": "nanhunt.experiments.replay",
     "Hunt": "nanhunt.hunt",
     "trace": "nanhunt.hunt",
+    "save_report": "nanhunt.reports",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "compare_compiled",
     "read_capture",
     "replay",
+    "save_report",
     "trace",
     "watch",
 ]
