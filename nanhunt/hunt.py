@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from nanhunt.findings import ChainLink, Finding, Magnitudes, Report, Skip, Verdict
 from nanhunt.numerics import count
+from nanhunt.observe.backward_evidence import is_in_hook_of_activation, with_consequence
 from nanhunt.observe.call import Origin
 from nanhunt.observe.compiled import keep_out
 from nanhunt.observe.exact import ExactTracer
@@ -117,13 +118,14 @@ class Hunt:
         )
 
     def _finding(self, offender: OpRecord | StateSource, trace: Trace) -> Finding:
-        evidence = self._tracer.evidence.get(offender.index) if isinstance(offender, OpRecord) else None
+        evidence = with_consequence(self._tracer.evidence, offender, trace)
         health = self._health.records() if self._health is not None else None
         updates = self._tracer.guarded(self._follower.updates.records)
         trace = replace(trace, updates=updates) if updates is not None else trace
         finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, self._rank, health))
         where = finding.location
-        if where.tensor or where.forward_op or where.phase not in ("optimizer", "backward"):
+        is_elsewhere = where.tensor or where.forward_op or where.phase not in ("optimizer", "backward")
+        if is_elsewhere or is_in_hook_of_activation(evidence):
             return finding
         # No forward line leads there; the tensor that was harmed first does.
         harmed = next((sink for sink in trace.sinks if offender.index in sink.births), None)

@@ -16,6 +16,7 @@ from nanhunt.experiments.changes import Diagnosis, proposed_changes
 from nanhunt.experiments.verdict import LEGACY_LIMITS, decide
 from nanhunt.findings import ChainLink, Finding, Report, Skip
 from nanhunt.numerics import count
+from nanhunt.observe.backward_evidence import with_consequence
 from nanhunt.observe.evidence import gather_evidence
 from nanhunt.observe.exact import ExactTracer
 from nanhunt.observe.op_info import FocusReached
@@ -133,7 +134,7 @@ class _Session:
         if offender is None:
             return
         # What was seen at once, for an interruption of the second run.
-        evidence = born = self.at_birth.get(offender.index)
+        evidence = born = with_consequence(self.at_birth, offender, self.trace)
         self.finding = judge(Case(offender, evidence, self.trace, self.capture.step))
         self.chain = list(_chain(offender, self.trace, step))
         if isinstance(offender, OpRecord):

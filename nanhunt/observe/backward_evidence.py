@@ -6,9 +6,10 @@ read a result are found from the roots that the engine was called with, and tell
 elements out.
 """
 
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from nanhunt.observe.finite import can_hold_nonfinite, is_finite, unreadable_kin
 from nanhunt.observe.op_info import FocusedOp
 from nanhunt.observe.source import SKIPPED, is_users_function, kind_of, place_in_backward
 from nanhunt.records.evidence import BackwardEvidence, OffenderEvidence, Operand
-from nanhunt.records.ops import OpRecord
+from nanhunt.records.ops import OpRecord, StateSource, Trace
 
 MAX_POSITIONS = 8
 """Offending elements described one by one."""
@@ -47,6 +48,18 @@ _CUTS = {
 _PASSES = frozenset(
     ("add", "sub", "rsub", "neg", "view", "reshape", "unsafe_view", "reshape_alias", "t", "transpose", "permute")
 ) | frozenset(("expand", "squeeze", "unsqueeze", "sum", "mean", "to_copy", "clone", "alias", "cat", "stack"))
+
+# What is not finite stays so in a product, and as a numerator.
+_KEEPS_NONFINITE = ("mul", "div")
+
+# Functions that are not finite at an edge: the operand that autograd saves, and its values there.
+_POLES = {
+    "div": ("other", (0.0,)),
+    **dict.fromkeys(("log", "log2", "log10"), ("self", (0.0,))),
+    "log1p": ("self", (-1.0,)),
+    "atanh": ("self", (-1.0, 1.0)),
+    "logit": ("self", (0.0, 1.0)),
+}
 
 # The results of operations that have several, as far as their backward passes use them.
 _RESULTS = {
@@ -94,6 +107,24 @@ def with_backward(
     return replace(found, backward=_described(offender, record.forward_op or "", _saved(node), node))
 
 
+def with_consequence(
+    gathered: Mapping[int, OffenderEvidence], offender: OpRecord | StateSource, trace: Trace
+) -> OffenderEvidence | None:
+    """The evidence on an offender, with that on the first operation of the backward pass that its infinity spoilt.
+
+    Args:
+        gathered: The evidence on births, by index.
+        offender: The first offender.
+        trace: The whole trace.
+    """
+    found = gathered.get(offender.index) if isinstance(offender, OpRecord) else None
+    if found is None or found.backward is not None:
+        return found
+    spoilt = (r.index for r in trace.ops if r.phase == "backward" and offender.index in r.ingredients)
+    later = next((gathered[index].backward for index in spoilt if index in gathered), None)
+    return replace(found, backward=later)
+
+
 def _described(offender: FocusedOp, forward_op: str, held: dict[str, Any], node: Any = None) -> BackwardEvidence | None:
     try:
         return _gathered(offender, forward_op, held, node)
@@ -113,12 +144,13 @@ def _gathered(offender: FocusedOp, forward_op: str, held: dict[str, Any], node: 
     shape = tuple(bad.shape)
     arguments = dict(zip(offender.schema_names, offender.args, strict=False)) | offender.kwargs
     smallest, largest, place = _diagonal(forward_op, held, positions, shape)
+    operands = tuple(_operands(held, positions, shape))
     return BackwardEvidence(
         positions=tuple(positions),
         made=tuple(_number(values[position]) for position in positions),
         inputs=tuple(_operands(arguments, positions, shape)),
-        operands=tuple(_operands(held, positions, shape)),
-        cut_by=_cut_by(node) if node is not None else "",
+        operands=operands,
+        cut_by=_cut_by(node, may_vanish=not _was_nonfinite(forward_op, operands)) if node is not None else "",
         is_in_hook=node is not None and _is_in_hook(node),
         smallest=smallest,
         largest=largest,
@@ -129,6 +161,8 @@ def _gathered(offender: FocusedOp, forward_op: str, held: dict[str, Any], node: 
 def _saved(node: Any) -> dict[str, Any]:
     """What autograd saved for a node, by name; what it has freed already is left out."""
     held: dict[str, Any] = {}
+    if node is not None and node.name().endswith("AccumulateGrad"):
+        held["variable"] = node.variable
     for name in dir(node) if node is not None and getattr(node, "_forward_cls", None) is None else ():
         if name.startswith("_saved_"):
             try:
@@ -161,6 +195,23 @@ def _number(value: Tensor) -> float:
     return float(value.abs()) if value.is_complex() else float(value)
 
 
+def _was_nonfinite(forward_op: str, operands: tuple[Operand, ...]) -> bool:
+    """Whether the forward operation is known to have given NaN or infinity at the first position."""
+    first = {operand.name: operand.at_offenders[0] for operand in operands if operand.at_offenders}
+    name = forward_op.removeprefix("aten::").removesuffix("_")
+    if name in _POLES:
+        argument, edges = _POLES[name]
+        return first.get(argument) in edges
+    results = ("self", "other") if name == "mul" else ("result",)
+    return any(not math.isfinite(first.get(result, 0.0)) for result in results)
+
+
+def is_in_hook_of_activation(found: OffenderEvidence | None) -> bool:
+    """Whether the hook of a tensor that is no parameter ran the operation."""
+    held = found.backward if found is not None else None
+    return held is not None and held.is_in_hook and not any(one.name == "variable" for one in held.operands)
+
+
 def _is_in_hook(node: Any) -> bool:
     """Whether Python code of a gradient hook runs the operation, not a mode or a tensor class of the user's."""
     frame: Any = sys._getframe(1)
@@ -176,8 +227,11 @@ def _is_in_hook(node: Any) -> bool:
 # Who reads the result of the forward operation.
 
 
-def _cut_by(node: Any) -> str:
-    """What leaves elements of the node's result out, on every way to the root; '' if that is not known."""
+def _cut_by(node: Any, *, may_vanish: bool) -> str:
+    """What leaves elements of the node's result out, on every way to the root; '' if that is not known.
+
+    In a product the gradient of a finite result may vanish; a result that is not finite would spoil the product.
+    """
     roots = engine_roots()
     readers = _readers(node, roots)
     found: list[str] = []
@@ -192,12 +246,16 @@ def _cut_by(node: Any) -> str:
             name = _name(reader)
             if name in _CUTS:
                 found.append(_CUTS[name])
-            elif name not in _PASSES:
+            elif name not in _PASSES and (may_vanish or not _hands_on(reader, name, read)):
                 return ""
             elif reader not in seen:
                 seen.add(reader)
                 waiting.append(reader)
     return found[0]
+
+
+def _hands_on(reader: Any, name: str, read: Any) -> bool:
+    return name in _KEEPS_NONFINITE and (name == "mul" or reader.next_functions[0][0] is read)
 
 
 def _readers(node: Any, roots: list[Any]) -> dict[Any, list[Any]]:

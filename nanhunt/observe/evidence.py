@@ -135,7 +135,7 @@ def _operands(
     for name, value in values.items():
         if isinstance(value, Tensor) and value.layout is torch.strided and unreadable_kind(value) is None:
             held = _values_at(value, positions, shape, is_per_channel="batch_norm" in op)
-            is_at_edge = bool(held) and abs(held[0]) in (0.0, 1.0)
+            is_at_edge = bool(held) and (abs(held[0]) in (0.0, 1.0) or ("sqrt" in op and held[0] < 0.0))
             made_by = producers(value, positions[0], shape) if is_at_edge else ()
             yield Operand(name, value_facts(value), held, made_by)
         elif isinstance(value, float | int) and not isinstance(value, bool):

@@ -17,15 +17,20 @@ from nanhunt.records.evidence import Exact
 MAX_ELEMENTS = 2**22
 """Elements that may be computed with again, over all inputs."""
 
+MAX_PRODUCTS = 2**26
+"""Products that make up one product of the matrices of which a function is computed again."""
+
 Position = tuple[int, ...]
 
 _CONVERSIONS = {"_to_copy": "self", "copy_": "src"}
 _POINTWISE_NAMES = """add sub rsub mul div square pow exp exp2 expm1 sinh cosh reciprocal rsqrt addcmul addcdiv lerp
-softplus ldexp hypot logaddexp"""
+softplus ldexp hypot logaddexp lgamma i0 special_i1"""
 _REDUCTION_NAMES = """sum nansum mean cumsum prod cumprod linalg_vector_norm norm mse_loss smooth_l1_loss huber_loss
-l1_loss var std index_add scatter_add _cdist_forward _weight_norm_interface avg_pool1d avg_pool2d"""
+l1_loss var std index_add scatter_add _cdist_forward _weight_norm_interface avg_pool1d avg_pool2d
+linalg_cross"""
 _POINTWISE = frozenset(_POINTWISE_NAMES.split())
 _REDUCTIONS = frozenset(_REDUCTION_NAMES.split())
+_OF_MATRICES = ("linalg_matrix_exp", "_linalg_det")
 _NORMS = ("linalg_vector_norm", "norm", "_cdist_forward")
 _SUMS = ("sum", "nansum", "cumsum", "mean", "index_add", "scatter_add")
 
@@ -64,6 +69,8 @@ def _computed(op: FocusedOp, at: int, positions: list[Position]) -> list[Exact]:
         return [Exact(_pointwise(name, op, shape, position)) for position in positions]
     if name in _REDUCTIONS and sum(tensor.numel() for tensor in tensors) <= MAX_ELEMENTS:
         return _reduced(name, op, values, at, positions)
+    if name in _OF_MATRICES and tensors[0].numel() * tensors[0].shape[-1] <= MAX_PRODUCTS:
+        return _of_matrices(name, op, at, positions)
     return []
 
 
@@ -103,6 +110,16 @@ def _reduced(name: str, op: FocusedOp, values: Any, at: int, positions: list[Pos
             largest = _inside(name, value, num_terms, values)
         found.append(Exact(value, largest))
     return found
+
+
+def _of_matrices(name: str, op: FocusedOp, at: int, positions: list[Position]) -> list[Exact]:
+    """An element of a function of a matrix is made of all of it; on the way are numbers as large as the largest."""
+    results = _run(name, op.args, op.kwargs, _wide)
+    result = results if isinstance(results, Tensor) else results[at]
+    if name == "_linalg_det":
+        return [Exact(float(result[position])) for position in positions]
+    largest = result.abs().amax((-2, -1))
+    return [Exact(float(result[position]), float(largest[position[:-2]])) for position in positions]
 
 
 def _magnitudes(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, SourceLine, ValueFacts
 from nanhunt.rules.offender import base_name
 from nanhunt.rules.registry import Case, Judgement, Rule
+from nanhunt.rules.source_words import lost_numbers
 
 _DIVISORS = {
     "div": "other",
@@ -51,7 +52,7 @@ def _judge(case: Case) -> Judgement | None:
     return Judgement(
         f"{case.op.op}{of} divided by 0 at {count(number, 'element')}, first at {list(where)}",
         evidence={"num_offending": number, "first_position": list(where), "divisor": 0.0},
-        notes=_notes(divisor),
+        notes=_notes(case, divisor),
         help=("keep the divisor away from 0 where it is made, before any root or quotient",),
     )
 
@@ -74,10 +75,14 @@ def divisor_of(case: Case) -> Operand | None:
     return case.operand(_DIVISORS[name]) if name in _DIVISORS else None
 
 
-def _notes(divisor: Operand) -> tuple[str, ...]:
+def _notes(case: Case, divisor: Operand) -> tuple[str, ...]:
     if divisor.facts is None or divisor.facts.dtype != "float16":
         return ()
-    return (f"in float16 anything below {LIMITS['float16'].smallest_subnormal / 2:.3g} is 0, an eps of 1e-8 as well",)
+    lost = lost_numbers(case, "float16")
+    if not lost:
+        return ()
+    smallest = LIMITS["float16"].smallest_subnormal / 2
+    return (f"the {lost[-1]:g} in this line is 0 in float16, as anything below {smallest:.3g} is",)
 
 
 RULE = Rule("NH103", "division-by-zero", "division-by-zero", _judge)

@@ -30,11 +30,13 @@ from nanhunt.rules.offender import (
     WRITTEN_OVER,
     at_elements,
     base_name,
+    digits_apart,
     has_infinite_input,
     has_nan_input,
     is_in_place,
     is_written_by_user,
     numbers,
+    quoted,
     values_of,
 )
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -50,7 +52,7 @@ def _judge(case: Case) -> Judgement | None:
     if dtype not in LIMITS:
         return None
     edge = _edge(name, LIMITS[dtype].max)
-    arguments, limit = values_of(case, "self"), f"{dtype} holds {name} up to {edge:.6g}"
+    arguments, limit = values_of(case, "self"), f"{dtype} holds {name} {_until(edge)}"
     if is_in_place(case) and all(math.isinf(result) for result in case.evidence.results):
         message = f"{name} of a number that is too large {at_elements(case)}; {limit}"
         return Judgement(message, numbers(case, limit=edge), (WRITTEN_OVER,), _HELP)
@@ -59,13 +61,21 @@ def _judge(case: Case) -> Judgement | None:
     if not sized or any(value < edge * (1 - LIMITS[dtype].eps) for value in sized):
         return None
     wide = _edge(name, LIMITS["float32"].max)
-    notes = (f"float32 holds {name} up to {wide:.6g}",) if dtype in NARROW and max(sized) <= wide else ()
+    notes = (f"float32 holds {name} {_until(wide)}",) if dtype in NARROW and max(sized) <= wide else ()
     evidence = numbers(case, largest_argument=max(sized), limit=edge)
-    up_to = "up to " if case.evidence.num_offending > 1 else ""
-    return Judgement(f"{name} of {up_to}{max(sized):.6g} {at_elements(case)}; {limit}", evidence, notes, _HELP)
+    digits = digits_apart(arguments[0], edge)
+    up_to = "up to " if len(set(arguments)) == 1 < case.evidence.num_offending else ""
+    of = f"{up_to}{quoted(case, arguments, digits=digits)}"
+    return Judgement(f"{name} of {of}; {dtype} holds {name} {_until(edge, digits)}", evidence, notes, _HELP)
 
 
 _HELP = ("subtract the maximum first, as softmax and logsumexp do, or bound the argument where it is made",)
+
+
+def _until(edge: float, digits: int = 6) -> str:
+    """``up to 88.7228``, or ``below 128`` where the edge was rounded up."""
+    text = f"{edge:.{digits}g}"
+    return f"{'up to' if float(text) <= edge else 'below'} {text}"
 
 
 def _edge(name: str, largest: float) -> float:

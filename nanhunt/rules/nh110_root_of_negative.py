@@ -19,8 +19,10 @@ Known limits:
 """
 
 import math
+from dataclasses import replace
 
-from nanhunt.records.evidence import OffenderEvidence, Operand
+from nanhunt.numerics import LIMITS, ulp
+from nanhunt.records.evidence import OffenderEvidence, Operand, Producer
 from nanhunt.records.ops import OpRecord, ValueFacts
 from nanhunt.rules.offender import (
     WRITTEN_OVER,
@@ -30,6 +32,7 @@ from nanhunt.rules.offender import (
     is_in_place,
     is_written_by_user,
     numbers,
+    quoted,
     values_of,
 )
 from nanhunt.rules.registry import Case, Judgement, Rule
@@ -46,7 +49,7 @@ def _judge(case: Case) -> Judgement | None:
         variances, eps = values_of(case, "running_var"), values_of(case, "eps")
         if not variances or not eps or any(value + eps[0] >= 0 for value in variances):
             return None
-        message = f"a variance of {min(variances):.6g}, of which a norm takes the root, {at_elements(case)}"
+        message = f"a norm takes the root of a variance of {quoted(case, variances)}"
         help_ = ("look at what wrote the running variance: a variance is never negative",)
         return Judgement(message, numbers(case, lowest_variance=min(variances), eps=eps[0]), (), help_)
     if name not in ("sqrt", "rsqrt"):
@@ -56,24 +59,39 @@ def _judge(case: Case) -> Judgement | None:
     arguments = values_of(case, "self")
     if not arguments or any(value >= 0 for value in arguments):
         return None
-    lowest = min(arguments)
-    message = f"{name} of {lowest:.6g} {at_elements(case)}"
-    return Judgement(message, numbers(case, lowest_argument=lowest), _rounding(case), _HELP)
+    message = f"{name} of {quoted(case, arguments)}"
+    return Judgement(message, numbers(case, lowest_argument=min(arguments)), _rounding(case), _HELP)
 
 
-_HELP = ("write what is under the root so that it cannot be negative; a clamp there cuts its gradient off",)
+_HELP = (
+    "write what is under the root so that it cannot be negative: var or a sum of squared differences instead of a"
+    " difference of squares; a clamp there cuts its gradient off",
+)
 
 
 def _rounding(case: Case) -> tuple[str, ...]:
-    """Whether all the negative numbers are small beside the largest one."""
+    """Whether the negative numbers are small beside the largest one, or beside what they are a difference of."""
     operand = case.operand("self")
-    lowest = max(abs(value) for value in values_of(case, "self"))
-    if operand is None or operand.facts is None or not operand.facts.abs_max or lowest > 1e-5 * operand.facts.abs_max:
+    if operand is None or operand.facts is None or operand.facts.dtype not in LIMITS:
         return ()
-    return (f"small beside the largest magnitude there, {operand.facts.abs_max:.6g}, as rounding errors are",)
+    dtype = operand.facts.dtype
+    small = 100 * LIMITS[dtype].eps
+    term = max(
+        (abs(value) for one in operand.made_by[:1] for name, value, _ in one.numbers if name == "term"), default=0
+    )
+    if abs(operand.at_offenders[0]) <= small * term:
+        step = ulp(term, dtype)
+        return (f"at the first of them it is a difference of numbers near {term:.6g}, {step:.3g} apart in {dtype}",)
+    largest, lowest = operand.facts.abs_max or 0.0, max(abs(value) for value in operand.at_offenders)
+    if lowest > small * largest:
+        return ()
+    return (f"small beside the largest magnitude there, {largest:.6g}, as rounding errors are",)
 
 
 RULE = Rule("NH110", "root-of-negative", "root-of-negative", _judge)
+
+
+_DIFFERENCE = Producer("sub", "float32", (("term", 9e6, 9e6),), of=("mean", "pow"))
 
 
 def _root_of(value: float, op: str = "aten::sqrt", result: float = math.nan) -> Case:
@@ -82,5 +100,12 @@ def _root_of(value: float, op: str = "aten::sqrt", result: float = math.nan) -> 
     return Case(record, OffenderEvidence(1, ((2,),), (result,), operands))
 
 
-FLAGGED = (_root_of(-0.03125), _root_of(-4.0, "aten::rsqrt"), _root_of(0.0, "aten::sqrt_"))
+_OF_SQUARES = replace(
+    _root_of(-1.0),
+    evidence=OffenderEvidence(
+        *(1, ((2,),), (math.nan,)),
+        (Operand("self", ValueFacts((4,), "float32", abs_max=1.0), (-1.0,), (_DIFFERENCE,)),),
+    ),
+)
+FLAGGED = (_OF_SQUARES, _root_of(-0.03125), _root_of(-4.0, "aten::rsqrt"), _root_of(0.0, "aten::sqrt_"))
 CLEAN = (_root_of(0.0, "aten::rsqrt", math.inf), _root_of(4.0), _root_of(-4.0, "aten::mul"))

@@ -24,7 +24,16 @@ from collections.abc import Callable
 
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.offender import at_elements, base_name, has_nan_input, is_written_by_user, numbers, values_of
+from nanhunt.rules.offender import (
+    at_first,
+    base_name,
+    digits_apart,
+    has_nan_input,
+    is_written_by_user,
+    numbers,
+    quoted,
+    values_of,
+)
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 # Whether the function has no finite value there, and the domain in words.
@@ -51,7 +60,7 @@ def _judge(case: Case) -> Judgement | None:
     if name not in _DOMAINS or not arguments or not all(_DOMAINS[name][0](value) for value in arguments):
         return None
     return Judgement(
-        f"{name} of {_exactly(arguments[0])} {at_elements(case)}; its domain is {_DOMAINS[name][1]}",
+        f"{name} of {quoted(case, arguments, digits=_digits(arguments))}; its domain is {_DOMAINS[name][1]}",
         evidence=numbers(case, first_argument=arguments[0]),
         help=("write the argument so that it cannot get there; a clamp at the edge leaves an infinite gradient",),
     )
@@ -66,15 +75,15 @@ def _judge_power(case: Case) -> Judgement | None:
         return None
     base, exponent = pairs[0]
     return Judgement(
-        f"{base:.6g} to the power of {exponent:.6g} {at_elements(case)}; a negative number has no such power",
+        f"{base:.6g} to the power of {exponent:.6g} {at_first(case, pairs)}; a negative number has no such power",
         evidence=numbers(case, base=base, exponent=exponent),
         help=("take the power of the absolute value and put the sign back, or keep the base from being negative",),
     )
 
 
-def _exactly(value: float) -> str:
-    """With as many digits as it takes to see that it is not on the edge."""
-    return f"{value:.6g}" if f"{value:.6g}" not in ("1", "-1") or abs(value) == 1 else f"{value:.9g}"
+def _digits(values: tuple[float, ...]) -> int:
+    """As many digits as it takes to see which of them are not on the edge."""
+    return max(digits_apart(value, math.copysign(1.0, value)) if abs(value) != 1 else 6 for value in values)
 
 
 RULE = Rule("NH111", "out-of-domain", "out-of-domain", _judge)

@@ -20,7 +20,7 @@ import math
 
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.offender import at_elements, base_name, is_written_by_user, numbers, values_of
+from nanhunt.rules.offender import at_first, base_name, is_written_by_user, numbers, values_of
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 
@@ -31,7 +31,7 @@ def _judge(case: Case) -> Judgement | None:
     if any(base != 0.0 for base in bases) or not all(exponent < 0.0 for exponent in exponents):
         return None
     return Judgement(
-        f"0 to the power of {exponents[0]:.6g} {at_elements(case)}",
+        f"0 to the power of {exponents[0]:.6g} {at_first(case, exponents)}",
         evidence=numbers(case, base=0.0, exponent=exponents[0]),
         help=("keep the base away from 0 where it is made, or leave its zeros out before the power",),
     )

@@ -3,7 +3,8 @@
 What it does:
     Counts what went in. The rule holds where a mean, median, deviation or averaged loss was given no element; where a
     variance was given no more values than its correction, one by default; where a batch norm updates its running
-    variance from one value per channel; and where a classification loss is averaged over a total weight of 0.
+    variance from one value per channel; where a classification loss is averaged over a total weight of 0; and where
+    ``nanmean`` finds nothing but NaN.
 
 Why it matters:
     The mean over nothing is 0 / 0. A batch with no positive, no match or no valid token comes sooner or later.
@@ -20,9 +21,17 @@ import math
 
 from nanhunt.numerics import LIMITS, count
 from nanhunt.records.evidence import OffenderEvidence, Operand
-from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.offender import base_name, has_infinite_input, has_nan_input, is_written_by_user, numbers
+from nanhunt.records.ops import OpRecord, SourceLine, ValueFacts
+from nanhunt.rules.offender import (
+    at_elements,
+    base_name,
+    has_infinite_input,
+    has_nan_input,
+    is_written_by_user,
+    numbers,
+)
 from nanhunt.rules.registry import Case, Judgement, Rule
+from nanhunt.rules.source_words import is_nanmean
 
 _AVERAGES = ("mean", "nanmean", "median", "nanmedian")
 _DEVIATIONS = ("var", "std", "var_mean", "std_mean")
@@ -36,6 +45,8 @@ def _judge(case: Case) -> Judgement | None:
     name = base_name(case)
     if name not in _DEVIATIONS and not all(math.isnan(result) for result in case.evidence.results):
         return None
+    if name == "div":
+        return _judge_nanmean(case)
     given = case.operand("input" if name == "native_batch_norm" else "self")
     if given is None or given.facts is None:
         return None
@@ -56,6 +67,20 @@ def _judge(case: Case) -> Judgement | None:
 
 
 _HELP = ("divide the sum by the number of items, at least 1, or leave such a batch out",)
+
+
+def _judge_nanmean(case: Case) -> Judgement | None:
+    """The quotient that ``nanmean`` ends with: the sum without NaN over the count of the others."""
+    divisor = case.operand("other")
+    if divisor is None or divisor.facts is None or not divisor.at_offenders or not is_nanmean(case):
+        return None
+    if divisor.facts.dtype != "int64" or any(divisor.at_offenders):
+        return None
+    return Judgement(
+        f"nanmean of values that are all NaN {at_elements(case)}",
+        evidence=numbers(case, num_values=0),
+        help=("leave such rows out, or divide the nansum by the number of values, at least 1",),
+    )
 
 
 def _judge_deviation(case: Case, num_values: int) -> Judgement | None:
@@ -88,7 +113,7 @@ def _judge_classification(case: Case, given: Operand) -> Judgement | None:
     )
 
 
-RULE = Rule("NH115", "empty-reduction", "empty-reduction", _judge)
+RULE = Rule("NH115", "empty-reduction", "empty-reduction", _judge, goes_before=("NH103",))
 
 
 def _over(op: str, *shape: int, made: tuple[int, ...] = (), abs_max: float | None = 1.0, **given: float) -> Case:
@@ -101,7 +126,18 @@ def _over(op: str, *shape: int, made: tuple[int, ...] = (), abs_max: float | Non
     return Case(record, OffenderEvidence(1, ((0,) * len(made),), (math.nan,), operands))
 
 
+def _quotient(text: str, count_type: str = "int64") -> Case:
+    output = ValueFacts((3,), "float32", num_nan=1)
+    record = OpRecord(9, "aten::div", "birth", "forward", "", SourceLine("model.py", 7, text), outputs=(output,))
+    operands = (
+        Operand("self", ValueFacts((3,), "float32"), (0.0,)),
+        Operand("other", ValueFacts((3,), count_type), (0.0,)),
+    )
+    return Case(record, OffenderEvidence(1, ((1,),), (math.nan,), operands))
+
+
 FLAGGED = (
+    _quotient("f = x.nanmean(1)"),
     _over("aten::mean", 0, abs_max=None),
     _over("aten::smooth_l1_loss", 0, 4, abs_max=None, reduction=1.0),
     _over("aten::std", 1, 3, made=(3,), correction=1.0),
@@ -110,6 +146,9 @@ FLAGGED = (
     _over("aten::nll_loss_forward", 6, 3, reduction=1.0, ignore_index=-100.0),
 )
 CLEAN = (
+    _quotient("f = x.nanmean(1) / count"),
+    _quotient("f = x.nanmean(1)", "float32"),
+    _quotient("f = total / count"),
     _over("aten::mean", 4),
     _over("aten::std", 2, 3, made=(3,), correction=1.0),
     _over("aten::std", 1, 3, made=(3,), correction=0.0),

@@ -11,14 +11,14 @@ Example:
     ``(x ** 2).sum().sqrt()`` at ``x = 0``
 
 Use instead:
-    ``torch.linalg.vector_norm``, whose gradient at 0 is 0, or a small constant inside the root. A clamp after the
-    root comes too late.
+    ``torch.linalg.vector_norm``, whose gradient at 0 is 0, or a small constant inside the root, one that is not 0 in
+    its type: in float16, 1e-8 is. A clamp after the root comes too late.
 """
 
 from nanhunt.numerics import count
 from nanhunt.records.evidence import OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.nh208_untaken_branch_gradient import zero_notes
+from nanhunt.rules.nh208_untaken_branch_gradient import lost_in_half, zero_notes
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 _DIVISIONS = ("aten::div", "aten::div_")
@@ -37,8 +37,8 @@ def _judge(case: Case) -> Judgement | None:
     return Judgement(
         f"gradient of {name} at 0 for {count(number, 'element')}, first at {where}",
         evidence={"num_offending": number, "first_position": where},
-        notes=zero_notes(case),
-        help=("put a small constant inside the root, or use torch.linalg.vector_norm",),
+        notes=(*zero_notes(case), *lost_in_half(case)),
+        help=("put a small constant inside the root, one that is not 0 in its type, or use torch.linalg.vector_norm",),
     )
 
 

@@ -58,8 +58,8 @@ def _judge(case: Case) -> Judgement | None:
             "median_min_gap": spectrum.median_min_gap,
         },
         notes=(
-            f"{noun}s {' and '.join(str(position) for position in group)} of that matrix are equal to the last bit; "
-            "their vectors live on the rows named",
+            f"{noun}s {' and '.join(str(position) for position in group)} of that matrix are equal to the last bit"
+            + ("; their vectors live on the rows named" if rows else ""),
             f"the backward pass divides by the gap between {noun}s; the forward pass is finite",
         ),
         help=(

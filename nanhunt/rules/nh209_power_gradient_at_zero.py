@@ -18,7 +18,7 @@ Use instead:
 from nanhunt.numerics import count
 from nanhunt.records.evidence import BackwardEvidence, OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.nh208_untaken_branch_gradient import all_equal, of_torch, zero_notes
+from nanhunt.rules.nh208_untaken_branch_gradient import all_equal, lost_in_half, of_torch, zero_notes
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 
@@ -34,7 +34,7 @@ def _judge(case: Case) -> Judgement | None:
     return Judgement(
         f"gradient of x ** {exponent:.6g} at 0 for {count(number, 'element')}, first at {where}",
         evidence={"num_offending": number, "first_position": where, "exponent": exponent},
-        notes=zero_notes(case),
+        notes=(*zero_notes(case), *lost_in_half(case)),
         help=("put a small constant inside the power, one that is not 0 in the type of x",),
     )
 

@@ -1,7 +1,8 @@
 """inverse-trigonometric-gradient-at-edge: the gradient of acos, asin, acosh or atanh was taken where it is infinite.
 
 What it does:
-    Looks at what the backward pass takes the root of or divides by, 1 - x * x. The rule holds only if it is 0 at the
+    Looks at what the backward pass takes the root of or divides by: 1 - x * x, or x * x - 1 for
+    ``acosh``. The rule holds only if it is 0 at the
     offending elements, so that x is 1 or -1 to the last bit.
 
 Why it matters:
@@ -12,8 +13,9 @@ Example:
     ``torch.ones(1, requires_grad=True).acos().backward()``
 
 Use instead:
-    ``torch.atan2`` of the sine and the cosine for an angle between vectors; or clamp the argument to a little less than
-    1, by more than half the spacing of the numbers there.
+    For an angle between vectors, ``torch.atan2`` of the sine and the cosine, or an argument clamped to a little less
+    than 1, by more than half the spacing of the numbers there. For ``acosh``, whose argument is at least 1, a clamp to
+    a little more. In place of ``atanh`` of a ``tanh``, what went into the ``tanh``.
 """
 
 from nanhunt.numerics import count
@@ -24,6 +26,14 @@ from nanhunt.rules.registry import Case, Judgement, Rule
 
 # The operation of the backward pass, and the name of its argument that is 0 at the edge.
 _POLES = {"acos": ("rsqrt", "self"), "asin": ("rsqrt", "self"), "acosh": ("rsqrt", "self"), "atanh": ("div", "other")}
+
+_BELOW = "clamp the argument to a little less than 1 in magnitude before the function"
+_HELP = {
+    "acos": f"take the angle from atan2, or {_BELOW}",
+    "asin": f"take the angle from atan2, or {_BELOW}",
+    "acosh": "clamp the argument to a little more than 1 before the function",
+    "atanh": f"{_BELOW}, or keep what went into the tanh that it undoes",
+}
 
 
 def _judge(case: Case) -> Judgement | None:
@@ -43,7 +53,7 @@ def _judge(case: Case) -> Judgement | None:
         f"gradient of {found.function} at {at} for {count(number, 'element')}, first at {where}",
         evidence=evidence,
         notes=zero_notes(case),
-        help=("take the angle from atan2, or clamp the argument to less than 1 in magnitude before the function",),
+        help=(_HELP[found.function],),
     )
 
 

@@ -2,7 +2,8 @@
 
 What it does:
     Works out the operation of the backward pass of ``div``, ``reciprocal``, ``rsqrt`` or a logarithm in float64. The
-    rule holds only if nothing was divided by 0, and the exact result is beyond the type.
+    rule holds only if nothing was divided by 0, and the exact result is beyond the type. It tells the slope where that
+    is what overflowed, else its product with the gradient that came in.
 
 Why it matters:
     The slope of 1 / x is 1 / x**2, that of ``rsqrt`` goes with the power 3/2: where the forward pass has room for
@@ -12,20 +13,30 @@ Example:
     ``(1 / torch.tensor(1e-30, requires_grad=True)).backward()``
 
 Use instead:
-    An eps in the divisor that is large against 1e-20 in float32, 1e-3 in float16: ``x / (norm + eps)``.
+    An eps in the divisor that is large against 1e-20 in float32, 1e-3 in float16: ``x / (norm + eps)``; for ``rsqrt``
+    an eps under the root, for a logarithm ``log_softmax`` or ``logsigmoid`` of the logits.
 """
 
 import math
+from typing import NamedTuple
 
 from nanhunt.numerics import LIMITS, count
 from nanhunt.records.evidence import BackwardEvidence, OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, ValueFacts
-from nanhunt.rules.nh208_untaken_branch_gradient import of_torch
+from nanhunt.rules.nh208_untaken_branch_gradient import OfTorch, of_torch
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 # Functions that divide, and the argument they divide by.
 _DIVISORS = {"div": "other", "reciprocal": "result", "rsqrt": "result", "log": "self", "log2": "self", "log10": "self"}
 _INVERSES = {"reciprocal": -1.0, "rsqrt": -2.0}
+
+_OF_LOG = "add an eps to the argument of the logarithm, or work on the logits: log_softmax, logsigmoid"
+_HELP = {
+    "div": "add an eps to the divisor before the division, or work out the quotient of logarithms",
+    "reciprocal": "add an eps to the divisor before the division",
+    "rsqrt": "add an eps to the argument of rsqrt, as a norm layer does",
+    **dict.fromkeys(("log", "log2", "log10"), _OF_LOG),
+}
 
 
 def exact_values(case: Case) -> tuple[float, ...]:
@@ -74,15 +85,39 @@ def _judge(case: Case) -> Judgement | None:
     values = found.held.held(_DIVISORS[found.function])
     divisor = values[0] ** _INVERSES.get(found.function, 1.0) if values and values[0] != 0 else None
     by = f" at {divisor:.6g}" if divisor is not None else ""
-    evidence: dict[str, object] = {"num_offending": number, "first_position": where, "exact": exact[0]}
+    told, limit = _told(found, exact[0]), LIMITS[dtype].max
+    evidence: dict[str, object] = {"num_offending": number, "first_position": where, "exact": told.value}
     if divisor is not None:
         evidence["divisor"] = divisor
+    way = f", worked out by way of {exact[0]:.6g}," if abs(told.value) <= limit else ""
+    at = f"for {count(number, 'element')}, first at {where}"
     return Judgement(
-        f"gradient of {found.function}{by} is {exact[0]:.6g} for {count(number, 'element')}, first at {where}, "
-        f"and {dtype} ends at {LIMITS[dtype].max:.6g}",
-        evidence={**evidence, "largest_of_type": LIMITS[dtype].max},
-        help=("add an eps to the divisor before the division, or work out the quotient of logarithms",),
+        f"{told.what} of {found.function}{by} is {told.value:.6g}{way} {at}, and {dtype} ends at {limit:.6g}",
+        evidence={**evidence, "largest_of_type": limit},
+        help=(_HELP[found.function],),
     )
+
+
+class _Told(NamedTuple):
+    """What went beyond the type: the slope alone, or its product with the gradient that came in."""
+
+    what: str
+    value: float
+
+
+def _told(found: OfTorch, exact: float) -> _Told:
+    left, right = found.held.at("self"), found.held.at("other")
+    result = found.held.held("result")
+    if found.function == "rsqrt" and found.name == "pow":
+        return _Told("slope", -0.5 * exact)
+    if found.function == "reciprocal" and result and left[:1] == right[:1] == result[:1]:
+        return _Told("slope", -exact)
+    numerator, divisor = found.held.held("self"), found.held.held("other")
+    is_known = found.function == "div" and numerator and divisor and divisor[0] != 0.0
+    # The slope in the divisor divides the quotient once more; the gradient of the numerator divides what came in.
+    if is_known and math.isclose(left[0], numerator[0] / divisor[0], rel_tol=0.01):
+        return _Told("slope", -exact)
+    return _Told("gradient", exact)
 
 
 RULE = Rule("NH212", "division-gradient-overflow", "division-gradient-overflow", _judge)

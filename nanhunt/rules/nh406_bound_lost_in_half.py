@@ -38,7 +38,8 @@ def _judge(case: Case) -> Judgement | None:
         return None
     for producer in argument.made_by:
         for bound, value, stored in producer.numbers:
-            if bound in ("min", "max") and abs(value) < 1.0 and abs(stored) == 1.0:
+            is_half = producer.dtype in ("float16", "bfloat16")
+            if is_half and bound in ("min", "max") and abs(value) < 1.0 and abs(stored) == 1.0:
                 return Judgement(
                     f"{name} of a number held by a clamp at {value:.9g}, which is {stored:g} in {producer.dtype},"
                     f" {at_elements(case)}",
@@ -64,4 +65,5 @@ CLEAN = (
     _log_of(0.0),
     _log_of(0.0, _RSUB, Producer("clamp", "bfloat16", (("max", 1.0, 1.0),))),
     _log_of(0.0, _RSUB, Producer("clamp", "float32", (("max", 0.999999, 0.9999989867210388),))),
+    _log_of(0.0, _RSUB, Producer("clamp", "float32", (("max", 0.999999999, 1.0),))),
 )

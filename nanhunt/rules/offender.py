@@ -1,6 +1,7 @@
 """What the rules for faults of the forward pass ask of the first offender."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanhunt.numerics import LIMITS, count
@@ -21,9 +22,20 @@ EXPONENTIALS = ("exp", "exp2", "expm1", "sinh", "cosh")
 # Of finite inputs these make an infinity by overflow alone; a sum of products whose parts overflow both ways makes NaN.
 _PLAIN = "mul add sub rsub square addcmul lerp neg dot mm bmm mv addmm addmv baddbmm linear convolution sum cumsum mean"
 _ONLY_OVERFLOW = frozenset(
-    (*_PLAIN.split(), "prod", "cumprod", "mse_loss", "_to_copy", "copy", "index_add", "scatter_add")
+    (
+        *_PLAIN.split(),
+        "prod",
+        "cumprod",
+        "mse_loss",
+        "_to_copy",
+        "copy",
+        "index_add",
+        "scatter_add",
+        "linalg_matrix_exp",
+    )
 )
-_MATRIX_PRODUCTS = ("dot", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "linear", "convolution")
+_MATRIX_NAMES = "dot mm bmm mv addmm addmv baddbmm linear convolution linalg_matrix_exp"
+_OF_MATRICES = frozenset(_MATRIX_NAMES.split())
 
 
 def is_written_by_user(case: Case) -> bool:
@@ -83,6 +95,32 @@ def at_elements(case: Case) -> str:
     return f"at {count(case.evidence.num_offending, 'element')}, first at {first}"
 
 
+def at_first(case: Case, described: Sequence[object]) -> str:
+    """``at 3 elements, first at [0, 1]`` where all are described alike, else ``at [0, 1], the first of 3 elements``."""
+    assert case.evidence is not None
+    number = case.evidence.num_offending
+    if len(set(described)) == 1 and (len(described) > 1 or number == 1):
+        return at_elements(case)
+    return f"at {list(case.evidence.positions[0])}, the first of {count(number, 'element')}"
+
+
+def quoted(case: Case, values: Sequence[float], *, digits: int = 6) -> str:
+    """``0 at 2 elements, first at [0]``; where they differ, ``0 at [0], the first of 2 elements, down to -5``."""
+    assert case.evidence is not None
+    texts = [f"{value + 0.0:.{digits}g}" for value in values]
+    lowest, highest = texts[values.index(min(values))], texts[values.index(max(values))]
+    ends = [f"down to {lowest}"] if lowest != texts[0] else []
+    ends += [f"up to {highest}"] if highest != texts[0] else []
+    among = f" among the first {len(values)}" if case.evidence.num_offending > len(values) else ""
+    further = f", {' and '.join(ends)}{among}" if ends else ""
+    return f"{texts[0]} {at_first(case, texts)}{further}"
+
+
+def digits_apart(value: float, limit: float) -> int:
+    """How many digits it takes to see that two numbers are not the same, at least six."""
+    return next((digits for digits in range(6, 17) if f"{value:.{digits}g}" != f"{limit:.{digits}g}"), 17)
+
+
 def at_nan(case: Case) -> str:
     """``2 of 3 elements are NaN, first at [0, 1]``, as far as the elements described one by one tell which."""
     assert case.op is not None
@@ -124,21 +162,24 @@ class Overflow:
     Attributes:
         dtype: The type.
         limit: Its largest value.
-        exact: The worst element in float64; None where it is not known.
-        is_partial: Whether the result itself would fit, and only the way to it does not.
+        exact: The described elements in float64; empty where they are not known.
     """
 
     dtype: str
     limit: float
-    exact: Exact | None
-    is_partial: bool
+    exact: tuple[Exact, ...] = ()
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the first result itself would fit, and only the way to it does not."""
+        return bool(self.exact) and abs(self.exact[0].value) <= self.limit
 
     @property
     def reached(self) -> float | None:
-        """The magnitude that did not fit."""
-        if self.exact is None:
+        """The magnitude that did not fit, at the first element."""
+        if not self.exact:
             return None
-        return self.exact.largest if self.is_partial else abs(self.exact.value)
+        return self.exact[0].largest if self.is_partial else abs(self.exact[0].value)
 
 
 def overflow_of(case: Case) -> Overflow | None:
@@ -152,13 +193,10 @@ def overflow_of(case: Case) -> Overflow | None:
     if limit is None or base_name(case) in EXPONENTIALS:
         return None
     exact = case.evidence.exact
-    over = [one for one in exact if limit < abs(one.value) < math.inf]
-    if exact and len(over) == len(exact):
-        return Overflow(dtype, limit, max(over, key=lambda one: abs(one.value)), is_partial=False)
-    partial = [one for one in exact if math.isfinite(one.value) and limit < max(one.largest, abs(one.value)) < math.inf]
-    if exact and len(partial) == len(exact):
-        return Overflow(dtype, limit, max(partial, key=lambda one: one.largest), is_partial=True)
-    return Overflow(dtype, limit, None, is_partial=False) if _can_only_overflow(case) else None
+    over = [math.isfinite(one.value) and limit < max(one.largest, abs(one.value)) < math.inf for one in exact]
+    if exact and all(over):
+        return Overflow(dtype, limit, exact)
+    return Overflow(dtype, limit) if _can_only_overflow(case) else None
 
 
 def _can_only_overflow(case: Case) -> bool:
@@ -168,19 +206,24 @@ def _can_only_overflow(case: Case) -> bool:
     if name in ("div", "pow"):
         base = values_of(case, "other" if name == "div" else "self")
         return bool(base) and not has_nan and all(value != 0.0 for value in base)
-    return name in _ONLY_OVERFLOW and (not has_nan or name in _MATRIX_PRODUCTS)
+    return name in _ONLY_OVERFLOW and (not has_nan or name in _OF_MATRICES)
 
 
 def describe_overflow(case: Case, found: Overflow) -> str:
     """What went beyond the type, with the magnitude and the limit."""
     assert case.op is not None
-    limit = f"{found.dtype} ends at {found.limit:.6g}"
-    if found.exact is None:
+    if found.reached is None:
+        limit = f"{found.dtype} ends at {found.limit:.6g}"
         return f"{case.op.op} of finite numbers went out of range {at_elements(case)}; {limit}"
+    digits = digits_apart(found.reached, found.limit)
+    limit = f"{found.dtype} ends at {found.limit:.{digits}g}"
+    first = found.exact[0]
     if found.is_partial:
-        total = f"terms of {case.op.op} that come to {found.exact.value:.6g} reach {found.exact.largest:.6g} on the way"
+        total = f"terms of {case.op.op} that come to {first.value:.6g} reach {first.largest:.{digits}g} on the way"
         return f"{total} {at_elements(case)}; {limit}"
-    return f"{case.op.op} comes to {found.exact.value:.6g} {at_elements(case)}; {limit}"
+    alike = [one.value for one in found.exact if abs(one.value) > found.limit]
+    values = alike if len(alike) == len(found.exact) else alike[:1]
+    return f"{case.op.op} comes to {quoted(case, values, digits=digits)}; {limit}"
 
 
 _SETTINGS = ("dim", "eps", "momentum", "reduction", "correction", "ord", "p", "keepdim")

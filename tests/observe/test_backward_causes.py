@@ -32,6 +32,13 @@ def trained(values: Any, loss_of: LossOf, dtype: torch.dtype = torch.float32) ->
     return report.first
 
 
+ENDS = torch.tensor([0.0, 2.0])
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.where(ENDS > 0, 3 * (x / ENDS), 0.0).sum()
+
+
 def used_twice(x: Tensor) -> Tensor:
     logs = x.log()
     return torch.where(x > 0, logs, 0.0).sum() + logs[x > 0].sum()
@@ -109,11 +116,28 @@ CAUSES: Sequence[tuple[str, str, str, Any, LossOf]] = [
     ("NH208", "that gather", "gather", [[0.0, 1.0]], lambda x: x.log().gather(1, torch.tensor([[1]])).sum()),
     ("NH202", "sqrt at 0", "clamp", [0.0, 1.0], lambda x: x.sqrt().clamp(min=1e-6).sum()),
     ("NH202", "sqrt at 0", "maximum", [0.0, 1.0], lambda x: torch.maximum(x.sqrt(), torch.tensor(1e-6)).sum()),
+    ("NH208", "div for 1 element that where", "a quotient", [1.0, 2.0], counted),
+    (
+        "NH208",
+        "div for 1 element that where",
+        "0 / 0",
+        [0.0, 2.0],
+        lambda x: torch.where(x > 0, x.sin() / x, 1.0).sum(),
+    ),
+    (
+        "NH208",
+        "log for 1 element that where",
+        "scaled",
+        [0.0, 1.0],
+        lambda x: torch.where(x > 0, 2 * x.log(), 0.0).sum(),
+    ),
+    ("NH208", "log for 2 elements that where", "all", [0.0, 0.0], lambda x: torch.where(x > 0, x.log(), 0.0).sum()),
     ("NH208", "that indexing", "a write in place", [0.0, 1.0], in_place),
     ("NH208", "log for 1 element", "both readers cut", [0.0, 1.0], used_twice),
     ("NH208", "acos for 1 element", "acos", [1.0, 0.5], lambda x: torch.where(x < 1, x.acos(), 0.0).sum()),
     ("NH208", "pow for 1 element", "power", [0.0, 0.5], lambda x: torch.where(x > 0, x**0.3, 0.0).sum()),
     ("NH208", "logit for 1 element", "logit", [1.0, 0.5], lambda x: torch.where(x < 1, x.logit(), 0.0).sum()),
+    ("NH103", "divided by 0", "a bound on a quotient", [1.0, 2.0], lambda x: (x / ENDS).clamp(max=5.0).sum()),
     ("NH209", "x ** 0.5 at 0", "a fractional power", [0.0, 1.0], lambda x: x.pow(0.5).sum()),
     ("NH209", "x ** 0.25 at 0", "a tensor of exponents", [0.0, 1.0], lambda x: x.pow(torch.tensor([0.25, 2.0])).sum()),
     ("NH210", "acos at 1", "acos", [1.0, 0.5], lambda x: x.acos().sum()),
@@ -123,9 +147,15 @@ CAUSES: Sequence[tuple[str, str, str, Any, LossOf]] = [
     ("NH211", "special_entr at 0", "entropy", [0.0, 0.5], lambda x: torch.special.entr(x).sum()),
     ("NH211", "xlogy at 0", "xlogy", [0.0, 0.5], lambda x: torch.xlogy(x.detach(), x).sum()),
     ("NH211", "log at 0", "an exponential undoes the log", [0.0, 0.5], lambda x: x.log().exp().sum()),
-    ("NH212", "reciprocal at 1e-30 is 1e+60", "a reciprocal", [1e-30, 1.0], lambda x: (1 / x).sum()),
-    ("NH212", "div at 1e-30", "a quotient", [1e-30, 1.0], lambda x: (torch.full((2,), 1e-3) / x).sum()),
-    ("NH212", "rsqrt at 1e-30", "rsqrt", [1e-30, 1.0], lambda x: x.rsqrt().sum()),
+    ("NH212", "slope of reciprocal at 1e-30 is -1e+60", "a reciprocal", [1e-30, 1.0], lambda x: (1 / x).sum()),
+    ("NH212", "slope of div at 1e-30 is -1e+57", "a quotient", [1e-30, 1.0], lambda x: (torch.tensor(1e-3) / x).sum()),
+    ("NH212", "slope of rsqrt at 1e-30 is -5e+44", "rsqrt", [1e-30, 1.0], lambda x: x.rsqrt().sum()),
+    ("NH212", "slope of rsqrt at 1.58e-26 is -2.5", "by way of", [1.58e-26, 1.0], lambda x: x.rsqrt().sum()),
+    ("NH212", "gradient of log at 1e-30 is -1e+40", "log", [1e-30, 1.0], lambda x: x.log().sum() * -1e10),
+    ("NH212", "gradient of div at 1e-30 is -1e+40", "numerator", [1e-10], lambda x: (x / 1e-30 * -1e10).sum()),
+    ("NH212", "gradient of div at 1e-30 is -1e+40", "both", [0.0, 1e-30], lambda x: (x[0] / x[1]) * -1e10),
+    ("NH222", "at the base -2 for 1", "exponent", [2.0, 2.0], lambda p: (torch.tensor([-2.0, 3.0]) ** p).sum()),
+    ("NH222", "at a negative base for 2", "exponent of a number", [2.0, 3.0], lambda p: ((-2.0) ** p).sum()),
     ("NH213", "singular value of the matrix is 1e-25", "inv", [[1e-25, 0], [0, 1]], lambda x: x.inverse().sum()),
     ("NH213", "diagonal of R is 0 (column 1)", "qr", [[1.0, 0], [0, 0]], lambda x: torch.linalg.qr(x).Q.sum()),
     ("NH213", "pivot", "solve", [[1.0, 0], [0, 1e-25]], lambda x: torch.linalg.solve(x, torch.ones(2)).sum()),

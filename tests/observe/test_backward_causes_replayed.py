@@ -60,10 +60,11 @@ def replayed(folder: Path, values: Any, loss_of: LossOf) -> Any:
 
 CAUSES = [
     ("NH202", "sqrt at 0", [0.0, 1.0], lambda x: x.sqrt().sum()),
+    ("NH208", "sqrt", [0.0, 1.0], lambda x: torch.where(x > 0, x.sqrt(), 0.0).sum()),
     ("NH209", "x ** 0.5 at 0", [0.0, 1.0], lambda x: x.pow(0.5).sum()),
     ("NH210", "acos at 1", [1.0, 0.5], lambda x: x.acos().sum()),
     ("NH211", "log at 0", [0.0, 0.5], lambda x: x.log().exp().sum()),
-    ("NH212", "reciprocal at 1e-30 is 1e+60", [1e-30, 1.0], lambda x: x.reciprocal().sum()),
+    ("NH212", "reciprocal at 1e-30 is -1e+60", [1e-30, 1.0], lambda x: x.reciprocal().sum()),
     ("NH213", "diagonal of R is 0", [[0.0, 0.0], [0.0, 0.0]], lambda x: torch.linalg.qr(x).Q.sum()),
     ("NH203", "equal", [[1.0, 0.0], [0.0, 1.0]], lambda x: torch.linalg.eig(x).eigenvectors.abs().sum()),
     ("NH220", "came to 1e+40", [1.0, 1.0], lambda x: (x * 1e-30 * 1e20 * 1e20).sum()),
@@ -76,3 +77,9 @@ def test_cause_is_named_from_what_the_replay_kept(tmp_path: Path, code: str, say
 
     assert (first.code, first.location.phase) == (code, "backward")
     assert says in first.message
+
+
+def test_infinity_that_where_leaves_out_is_the_untaken_branch_in_a_replay_too(tmp_path: Path):
+    first = replayed(tmp_path, [0.0, 2.0], lambda x: torch.where(x > 0, 1 / x, 0.0).sum())
+
+    assert (first.code, first.location.phase) == ("NH208", "forward")
