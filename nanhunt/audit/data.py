@@ -66,10 +66,12 @@ def _audit(name: str, batches: Iterable[Any], labels: str | int | None, progress
     looks: dict[str, TensorLook] = {}
     label_look: LabelLook | None = None
     others: dict[str, str] = {}
+    unread: dict[str, str] = {}
     num_batches = 0
     for batch in batches:
         progress(f"batch {num_batches + 1}, of at most {MAX_BATCHES}")
-        tensors, label_name = take_apart(batch, labels)
+        tensors, label_name, left_out = take_apart(batch, labels)
+        unread |= left_out
         for key, tensor in tensors.items():
             if key == label_name:
                 label_look = label_look or LabelLook(key)
@@ -88,7 +90,7 @@ def _audit(name: str, batches: Iterable[Any], labels: str | int | None, progress
         [audit],
         facts=[("batches", f"{num_batches}")],
         tables=_tables(audit),
-        skips=_skips(audit, others),
+        skips=[*_skips(audit, others), *(Skip(key, f"it is {why}") for key, why in unread.items())],
         seconds=time.perf_counter() - started,
     )
 

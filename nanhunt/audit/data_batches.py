@@ -18,10 +18,17 @@ _LABELS = ("labels", "label", "targets", "target", "y")
 
 
 class Parts(NamedTuple):
-    """One batch, taken apart: tensors by name, and the name of the labels, empty where nothing says which they are."""
+    """One batch, taken apart.
+
+    Attributes:
+        tensors: By name.
+        labels: Name of the labels; empty where nothing says which they are.
+        unread: What cannot be looked at, by name: what it is instead.
+    """
 
     tensors: dict[str, Tensor]
     labels: str
+    unread: dict[str, str]
 
 
 def batches_of(data: Any) -> Iterator[Any]:
@@ -60,25 +67,42 @@ def take_apart(batch: Any, labels: str | int | None) -> Parts:
     Raises:
         NanhuntError: If it holds no tensor, or no tensor of that name.
     """
-    tensors = dict(_named(batch, "", MAX_DEPTH))
+    found_tensors = dict(_named(batch, "", MAX_DEPTH))
+    unread = {name: why for name, tensor in found_tensors.items() if (why := _unreadable(tensor))}
+    tensors = {name: tensor.detach() for name, tensor in found_tensors.items() if name not in unread}
     if not tensors:
-        raise NanhuntError(f"the batch, a {type(batch).__name__}, holds no tensor")
+        what = (
+            "holds no tensor"
+            if not unread
+            else "holds nothing to look at: " + ", ".join(f"{name} is {why}" for name, why in unread.items())
+        )
+        raise NanhuntError(f"the batch, a {type(batch).__name__}, {what}")
     if labels is not None:
         found = f"batch[{labels}]" if isinstance(labels, int) and "batch[0]" in tensors else str(labels)
         if found not in tensors:
             raise NanhuntError(f"the batch has no {found!r}", help=f"it has: {', '.join(tensors)}")
-        return Parts(tensors, found)
+        return Parts(tensors, found, unread)
     named = next((name for word in _LABELS for name in tensors if name.rpartition(".")[2].lower() == word), "")
     is_pair = isinstance(batch, tuple | list) and len(batch) == 2
-    return Parts(tensors, named or ("batch[1]" if is_pair and "batch[1]" in tensors else ""))
+    return Parts(tensors, named or ("batch[1]" if is_pair and "batch[1]" in tensors else ""), unread)
+
+
+def _unreadable(tensor: Tensor) -> str:
+    """What a tensor is that holds no plain numbers; empty for others."""
+    if tensor.is_meta:
+        return "a meta tensor, which has no values"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return "a sparse tensor"
+    return f"of complex numbers, {str(tensor.dtype).removeprefix('torch.')}" if tensor.is_complex() else ""
 
 
 def _named(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiubc":
         value = torch.from_numpy(value.copy())
     if isinstance(value, Tensor):
-        if value.layout is torch.strided and not value.is_complex() and not value.is_nested:
-            yield name or "batch", value.detach()
+        yield name or "batch", value
     elif depth and not isinstance(value, str | bytes):
         for key, part in _parts(value):
             is_place = isinstance(key, int) and isinstance(value, list | tuple)

@@ -14,6 +14,8 @@ MAX_ZERO_SHARE = 0.4
 CLEAR_RATIO = 4
 """A shorter axis is that of the channels for sure if the other is at least so many times as long."""
 
+_LAST_DIGITS = 4
+
 
 class Layout(NamedTuple):
     """Samples, channels and positions.
@@ -105,6 +107,23 @@ def unlike_signals(layout: Layout) -> str:
     num_distinct = int(kept.flatten()[:100_000].unique().numel())
     if num_distinct == 1:
         return f"all its values are {float(kept.flatten()[0]):g}"
-    if num_distinct <= MAX_DISTINCT:
+    if num_distinct <= MAX_DISTINCT and not _is_drowned(kept, layout.eps):
         return f"it holds only {num_distinct} different values"
     return ""
+
+
+def moves(low: Tensor, high: Tensor, eps: float) -> Tensor:
+    """Whether values between these differ by more than the rounding errors of a constant that was standardised."""
+    size = torch.maximum(low.abs(), high.abs())
+    return high - low > torch.where(is_large(size, eps), 0.0, _LAST_DIGITS * eps * size)
+
+
+def is_large(size: Tensor, eps: float) -> Tensor:
+    """Whether values are beyond the scale of weights and of standardised data: 2,900 in float32, 32 in float16."""
+    return size > eps**-0.5
+
+
+def _is_drowned(values: Tensor, eps: float) -> bool:
+    """Whether few values are left of a signal beside a large offset: they lie as close as the type allows."""
+    size, spread = values.abs().amax(), values.amax() - values.amin()
+    return bool(is_large(size, eps) & (spread <= MAX_DISTINCT * eps * size))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nanhunt.audit.data_layout import Layout
+from nanhunt.audit.data_layout import Layout, is_large, moves
 from nanhunt.records.data_audit import Pair, Spot
 
 MIN_POSITIONS = 32
@@ -50,9 +50,7 @@ def nonfinite(tensor: Tensor, batch: int) -> Iterator[Spot]:
 def flat(layout: Layout, batch: int) -> tuple[list[Spot], list[Spot]]:
     """Constant channels of samples that are not, and samples that are constant throughout."""
     low_BC, high_BC = layout.extremes()
-    size_BC = torch.maximum(low_BC.abs(), high_BC.abs())
-    # Standardising leaves a constant channel with the rounding errors of its mean.
-    is_flat_BC = (high_BC - low_BC <= 4 * layout.eps * size_BC) & ~layout.broken_BC
+    is_flat_BC = ~moves(low_BC, high_BC, layout.eps) & ~layout.broken_BC
     is_flat_BC |= ~layout.valid_BT.any(1, keepdim=True)
     is_empty_B = is_flat_BC.all(1)
     empty = [Spot(batch, sample) for sample in is_empty_B.nonzero().flatten().tolist()]
@@ -130,7 +128,11 @@ def with_offset(layout: Layout, batch: int) -> list[Spot]:
     """Channels whose mean is so much larger than their deviation that its rounding is felt."""
     mean_BC, std_BC = layout.moments()
     limit = max(10.0, _OFFSET / layout.eps)
-    is_far_BC = (std_BC > 8 * layout.eps * mean_BC.abs()) & (mean_BC.abs() > limit * std_BC) & ~layout.broken_BC
+    low_BC, high_BC = layout.extremes()
+    # What moves by its last digits alone is a constant that was computed, unless it is too large for one.
+    moves_BC = (std_BC > 8 * layout.eps * mean_BC.abs()) | is_large(mean_BC.abs(), layout.eps)
+    moves_BC &= moves(low_BC, high_BC, layout.eps)
+    is_far_BC = moves_BC & (mean_BC.abs() > limit * std_BC) & ~layout.broken_BC
     places = (is_far_BC & (layout.num_valid_B1 >= MIN_POSITIONS)).nonzero().tolist()
     return [
         Spot(batch, sample, channel, float(mean_BC[sample, channel] / std_BC[sample, channel]))

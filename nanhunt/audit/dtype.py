@@ -1,7 +1,8 @@
 """``nanhunt audit-dtype``: one step, forward and backward, with its types and what they cost against float64.
 
-NOTE on what is as before when the audit returns: parameters, buffers, gradients, the batch and all random generators.
-The step runs on the model itself, without an optimizer step; what a forward keeps in other attributes is not put back.
+NOTE on what is as before when the audit returns: parameters, buffers, gradients, training flags, the batch and all
+random generators. The step runs on the model itself, without an optimizer step, and writes to copies of its buffers;
+what a forward keeps in other attributes is not put back.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nanhunt.audit.dtype_probe import DtypeProbe
 from nanhunt.audit.dtype_tables import tables
-from nanhunt.audit.report import report_of
+from nanhunt.audit.report import NOTHING, report_of
 from nanhunt.audit.shadow import is_number, name_of
 from nanhunt.audit.subject import Subject, find_subject
 from nanhunt.capture.format import tensor_paths
@@ -96,7 +97,7 @@ def audit_dtype(target: Any, batch: Any = None, *, loss: Loss | None = None, see
         seed: Seed of fresh weights and of a batch the target makes.
 
     Raises:
-        NanhuntError: If there is no batch.
+        NanhuntError: If there is no batch, or the step fails before anything runs.
         TargetError: If no target fits.
     """
     if not isinstance(target, nn.Module):
@@ -180,6 +181,8 @@ def _audit(step: _Step, progress: Progress) -> Report:
     with put_back(step.model, step.rng):
         root, refused, ended = _run(step, probe)
     audit = probe.records(root)
+    if ended and refused is None and not audit.num_ops:
+        raise NanhuntError(f"the step fails before anything runs: {ended}")
     if refused is not None and not any(one.error for one in audit.linalg):
         audit = replace(audit, linalg=(*audit.linalg, refused))
     skips = probe.skips()
@@ -194,6 +197,7 @@ def _audit(step: _Step, progress: Progress) -> Report:
         tables=tables(audit),
         skips=skips,
         seconds=time.perf_counter() - started,
+        absence=f"the step ended in an error, and until then {NOTHING}" if ended else NOTHING,
     )
 
 

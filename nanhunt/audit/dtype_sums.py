@@ -1,6 +1,6 @@
 """Totals that one line adds to again and again, kept in float64 beside."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class _Total:
     num_terms: int = 0
     num_lost: int = 0
     error: float = 0.0
+    share: float = 0.0
 
 
 class Totals:
@@ -49,11 +50,11 @@ class Totals:
         ):
             return
         total = self._of.get(output) or self._of.get(before)
-        if (total is None or total.place != place) and alpha == 1 and term.shape == output.shape:
+        if (total is None or not _is_one_line(total.place, place)) and alpha == 1 and term.shape == output.shape:
             other = self._of.get(term)
-            if other is not None and other.place == place:
+            if other is not None and _is_one_line(other.place, place):
                 total, before, term = other, term, before
-        if total is None or total.place != place:
+        if total is None or not _is_one_line(total.place, place):
             total = _Total(place, name_of(output.dtype))
             self._all.append(total)
         else:
@@ -71,6 +72,8 @@ class Totals:
         total.num_additions += 1
         total.num_terms += int((added != 0).sum())
         total.num_lost += int(((added != 0) & (new == old) & old.isfinite()).sum())
+        size = float(wide(old).norm())
+        total.share = max(total.share, float(added.norm()) / size if size else 0.0)
         finite = new.isfinite()
         norm = float(total.exact[finite].norm())
         total.error = float((wide(new) - total.exact)[finite].norm()) / norm if norm else 0.0
@@ -78,7 +81,7 @@ class Totals:
     def records(self) -> tuple[Accumulation, ...]:
         """Those that were added to more than once."""
         return tuple(
-            Accumulation(one.place, one.dtype, one.num_additions, one.num_terms, one.num_lost, one.error)
+            Accumulation(one.place, one.dtype, one.num_additions, one.num_terms, one.num_lost, one.error, one.share)
             for one in self._all
             if one.num_additions > 1
         )
@@ -86,3 +89,10 @@ class Totals:
 
 def _head(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)[:MAX_ELEMENTS]
+
+
+def _is_one_line(one: OpPlace, other: OpPlace) -> bool:
+    """Whether it is the same operation of the same line, which each of many layers may run."""
+    if one.source is None or other.source is None:
+        return one == other
+    return replace(one, module=other.module) == other

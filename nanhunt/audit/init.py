@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanhunt.audit.init_passes import Loss, Pass, kept_rng, names_of, projected, run_pass
+from nanhunt.audit.init_keeper import Keeper
+from nanhunt.audit.init_passes import Loss, Pass, in_float64, kept_rng, names_of, projected, run_pass
 from nanhunt.audit.init_table import tables_of
 from nanhunt.audit.init_weights import documented_std, fan_in, init_name, weight_of
 from nanhunt.audit.report import report_of
@@ -19,6 +20,7 @@ from nanhunt.numerics import count
 from nanhunt.observe.holders import unwrapped
 from nanhunt.observe.values import tensors_of
 from nanhunt.records.init_audit import ActivationAtInit, Init, InitAudit, LayerAtInit, ParameterAtInit
+from nanhunt.rules.nh711_vanishing_signal_at_init import falls
 from nanhunt.targets import Target, find_target
 
 NUM_INITS = 3
@@ -91,14 +93,18 @@ def _loss_of(target: Target, loss: Loss | None) -> Loss:
 
 def _audit_module(model: nn.Module, batch: Any, loss: Loss | None, seed: int, progress: Progress) -> Report:
     def copied(seed: int) -> nn.Module:
+        keeper.ignore()
         try:
-            return copy.deepcopy(unwrapped(model)).train()
-        except (RuntimeError, TypeError) as error:
+            its_copy = copy.deepcopy(unwrapped(model)).train()
+        # A model of others may refuse in any way.
+        except Exception as error:
             raise NanhuntError(
                 f"the model cannot be copied: {error}", help="give a function that builds it instead"
             ) from error
+        keeper.watch(its_copy)
+        return its_copy
 
-    with kept_rng():
+    with kept_rng(), Keeper(model) as keeper:
         return _audit(type(model).__name__, copied, [seed], batch, loss or projected, progress)
 
 
@@ -116,6 +122,10 @@ def _audit(
         model = build(seed)
         passes.append(run_pass(model, batch, loss, seed))
     audit = _record(model, passes)
+    if falls(audit.signal_falls):
+        progress("the same in float64")
+        passes = [in_float64(one, build, batch, loss, seed) for one, seed in zip(passes, seeds, strict=True)]
+        audit = _record(model, passes)
     return report_of(
         f"audit-init of {name}",
         [audit],
@@ -151,9 +161,9 @@ def _layer(module: nn.Module, name: str, model: nn.Module, passes: Sequence[Pass
     keys = {id(own): key for key, own in model.named_parameters()}
     stds = tuple(one.stds[keys[id(weight)]] for one in passes)
     documented, inputs = documented_std(module, weight), fan_in(module, weight)
-    return LayerAtInit(
-        name, kind, seen, Init(stds, documented, inputs, init_name(stds, weight.detach(), documented, inputs))
-    )
+    is_zero = all(keys[id(weight)] in one.zero for one in passes)
+    looks_like = init_name(stds, weight, documented, inputs, is_zero=is_zero)
+    return LayerAtInit(name, kind, seen, Init(stds, documented, inputs, looks_like))
 
 
 def _parameter(name: str, model: nn.Module, passes: Sequence[Pass]) -> ParameterAtInit:

@@ -33,7 +33,7 @@ Activation = tuple[str, str, str]
 
 
 class Looks(TorchDispatchMode):
-    """Looks at a model while it runs; its results are in ``layers``, ``activations`` and ``output``.
+    """Looks at a model while it runs; its results are in ``layers``, ``activations``, ``output`` and ``has_run``.
 
     Args:
         model: Is run inside ``watching``.
@@ -48,6 +48,7 @@ class Looks(TorchDispatchMode):
         self.activations: dict[Activation, ActivationPass] = {}
         self.output: LayerPass | None = None
         self.input_varies = False
+        self.has_run = False
         self._running: list[str] = []
         self._hooked: set[str] = set()
         self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
@@ -67,7 +68,8 @@ class Looks(TorchDispatchMode):
         """The layers with their gradients, in the order in which they ran first."""
         return {
             name: LayerPass(
-                *(seen.input_rms, seen.output_rms, seen.variation), self.gradients.get(name), seen.num_nonfinite
+                *(seen.input_rms, seen.output_rms, seen.variation),
+                *(self.gradients.get(name), seen.num_nonfinite, seen.rounding),
             )
             for name, seen in self.layers.items()
         }
@@ -78,6 +80,7 @@ class Looks(TorchDispatchMode):
         look: Callable[..., None] = self._see_root if not name else self._see_layer if is_layer else _ignore
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.has_run = True
             self._running.append(name)
 
         def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -155,6 +158,7 @@ def look_at(given: Any, output: Tensor) -> LayerPass:
             output_rms=_rms(result),
             variation=variation(result),
             num_nonfinite=result.numel() - int(torch.isfinite(result).sum()),
+            rounding=_rms(result) * torch.finfo(result.dtype).eps,
         )
 
 

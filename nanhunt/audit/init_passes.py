@@ -4,23 +4,22 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nanhunt.audit.init_looks import Looks
 from nanhunt.audit.init_weights import weight_of
+from nanhunt.audit.init_zeros import blocked_by_zeros
 from nanhunt.capture.rng import rng_state, set_rng_state
 from nanhunt.errors import NanhuntError, first_line
 from nanhunt.observe.values import tensors_of
 from nanhunt.records.init_audit import ActivationPass, LayerPass
 
 Loss = Callable[[nn.Module, Any], Any]
-
-NUM_LATER = 3
-"""Steps that a weight without a gradient is given to find one, where what hides it is a zero that training removes."""
 
 
 @dataclass
@@ -34,8 +33,8 @@ class Pass:
         input_varies: Whether the samples differ.
         stds: Standard deviation of each parameter.
         gradient_norms: Of the parameters; None where the backward pass did not come to one.
-        zero: Weights of layers that are 0 throughout.
-        blocked: Those of them without a gradient, at first and after a few steps.
+        zero: Parameters of two axes or more that are 0 throughout.
+        blocked: Those of them that hold each other at 0: no gradient, at first and after a few steps.
         equal: Weights whose units are all the same, and are given the same gradient.
         has_backward: Whether the loss depends on the parameters.
     """
@@ -61,23 +60,49 @@ def run_pass(model: nn.Module, batch: Any, loss: Loss, seed: int) -> Pass:
     """
     torch.manual_seed(seed)
     model.zero_grad(set_to_none=True)
-    seen = Pass(stds=_stds(model), num_nonfinite=_num_nonfinite(model))
+    seen = Pass(stds=_stds(model), num_nonfinite=_num_nonfinite(model), zero=_zero(model))
     looks = Looks(model)
     with torch.enable_grad(), looks.watching():
-        value = _value(model, copy.deepcopy(batch), loss)
+        value = _value(model, copied(batch), loss)
     if value.requires_grad:
         seen.has_backward = True
         _backward(value)
+    if not looks.has_run and all(own.grad is None for own in model.parameters()):
+        raise NanhuntError(
+            "the loss does not use the model that it is given", help="write loss(model, batch), and call that model"
+        )
     seen.layers, seen.activations = looks.result(), looks.activations
     seen.output, seen.input_varies = looks.output, looks.input_varies
     trained = {name: own for name, own in model.named_parameters() if own.requires_grad}
     seen.gradient_norms = {name: _gradient_norm(own) for name, own in trained.items()}
     if seen.has_backward:
-        weights = {name: own for name, own in trained.items() if name in _unit_weights(model)}
-        seen.zero = {name for name, own in weights.items() if not own.any()}
-        seen.equal = {name for name, own in weights.items() if _has_equal_units(own)}
-        seen.blocked = _still_blocked(model, batch, loss, {name: weights[name] for name in seen.zero})
+        units = _unit_weights(model)
+        seen.equal = {name for name, own in trained.items() if name in units and _has_equal_units(own)}
+        zero = {name: own for name, own in trained.items() if name in seen.zero}
+        seen.blocked = blocked_by_zeros(model, zero, lambda: _backward(_value(model, copied(batch), loss)))
     return seen
+
+
+def in_float64(seen: Pass, build: Callable[[int], nn.Module], batch: Any, loss: Loss, seed: int) -> Pass:
+    """The same pass with what differs between samples as it is in float64, where the model runs in it."""
+    try:
+        model = build(seed).double()
+        torch.manual_seed(seed)
+        looks = Looks(model)
+        with torch.no_grad(), looks.watching():
+            loss(model, tree_map(_doubled, copied(batch)))
+    except Exception:  # noqa: BLE001 - a model may do in float32 alone; then the fall is told as far as that shows it
+        return seen
+    wide = looks.result()
+    layers = {
+        name: replace(one, variation=wide[name].variation, rounding=wide[name].rounding) if name in wide else one
+        for name, one in seen.layers.items()
+    }
+    return replace(seen, layers=layers)
+
+
+def _doubled(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 @contextmanager
@@ -140,6 +165,30 @@ def _backward(value: Tensor) -> None:
         raise NanhuntError(f"the backward pass fails: {type(error).__name__}: {first_line(error)}") from error
 
 
+def copied(batch: Any) -> Any:
+    """A copy that a model may change.
+
+    Raises:
+        NanhuntError: If it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(batch)
+    # Data of others may refuse in any way.
+    except Exception as error:
+        raise NanhuntError(
+            f"the batch, a {type(batch).__name__}, cannot be copied: {first_line(error)}",
+            help="give one batch, not what makes batches",
+        ) from error
+
+
+def _zero(model: nn.Module) -> set[str]:
+    return {
+        name
+        for name, own in model.named_parameters()
+        if own.dim() >= 2 and own.numel() > 1 and not own.is_meta and not own.any()
+    }
+
+
 def _stds(model: nn.Module) -> dict[str, float]:
     return {
         name: float(own.detach().double().std(correction=0))
@@ -181,30 +230,6 @@ def _has_equal_units(weight: Tensor) -> bool:
     largest = gradient.abs().amax()
     # Equal units are summed in different orders by the matrix library.
     return bool(largest > 0) and bool((gradient - gradient[:1]).abs().amax() <= 1e-4 * largest)
-
-
-def _still_blocked(model: nn.Module, batch: Any, loss: Loss, zero: Mapping[str, Tensor]) -> set[str]:
-    """The zero weights that have no gradient, and find none in a few steps of gradient descent either."""
-    blocked = {name: own for name, own in zero.items() if own.grad is not None and not own.grad.any()}
-    for _ in range(NUM_LATER if blocked else 0):
-        _descend(model.parameters())
-        model.zero_grad(set_to_none=True)
-        value = _value(model, copy.deepcopy(batch), loss)
-        _backward(value)
-        blocked = {name: own for name, own in blocked.items() if own.grad is not None and not own.grad.any()}
-        if not blocked:
-            break
-    return set(blocked)
-
-
-def _descend(parameters: Any, size: float = 1e-2) -> None:
-    """Moves every parameter by ``size`` (root mean square) against its gradient."""
-    with torch.no_grad():
-        for parameter in parameters:
-            if parameter.grad is not None and not parameter.grad.is_sparse:
-                rms = float(parameter.grad.double().square().mean().sqrt())
-                if rms > 0:
-                    parameter.sub_(parameter.grad / rms * size)
 
 
 def names_of(passes: Sequence[Pass]) -> list[str]:

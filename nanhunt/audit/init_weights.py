@@ -41,10 +41,15 @@ def documented_std(module: nn.Module, weight: Tensor) -> float | None:
     return _xavier(weight) if isinstance(module, nn.MultiheadAttention) else None
 
 
-def init_name(stds: Sequence[float], weight: Tensor, documented: float | None, inputs: float) -> str:
-    """What the weights look like; empty where like nothing known, or where there are too few to tell."""
+def init_name(
+    stds: Sequence[float], weight: Tensor, documented: float | None, inputs: float, *, is_zero: bool = False
+) -> str:
+    """What the weights look like; empty where like nothing known, or where there are too few to tell.
+
+    Of ``weight`` only the shape counts, for it may have been trained since; ``is_zero`` tells zeros from a constant.
+    """
     if not any(stds):
-        return "" if bool(weight.any()) else "zeros"
+        return "zeros" if is_zero else ""
     # The sample deviation of n draws is itself uncertain by about 1 / sqrt(2 n); three times that is allowed.
     slack = max(0.03, 3 / math.sqrt(2 * weight.numel() * len(stds)))
     std = sum(stds) / len(stds)

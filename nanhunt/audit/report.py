@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nanhunt.errors import NanhuntError
+from nanhunt.errors import NanhuntError, first_line
 from nanhunt.findings import DataTable, Report, Skip, Verdict
 from nanhunt.numerics import count
 from nanhunt.rules.registry import judge_record
+
+NOTHING = "nothing was found"
 
 
 def report_of(
@@ -17,6 +19,7 @@ def report_of(
     tables: Sequence[DataTable] = (),
     skips: Sequence[Skip] = (),
     seconds: float = 0.0,
+    absence: str = NOTHING,
 ) -> Report:
     """What the rules say of the records of one audit.
 
@@ -27,6 +30,7 @@ def report_of(
         tables: What was measured, for a person to read.
         skips: What could not be measured.
         seconds: Wall time.
+        absence: What to say where there is no finding.
     """
     judged = [judge_record(record) for record in records]
     findings = tuple(finding for one in judged for finding in one.findings)
@@ -48,7 +52,7 @@ def report_of(
         seconds=seconds,
         passes=passes,
         tables=tuple(tables),
-        absence="nothing was found" if not findings else "",
+        absence=absence if not findings else "",
     )
 
 
@@ -66,11 +70,20 @@ def joined(title: str, reports: Sequence[Report]) -> Report:
         seconds=sum(report.seconds for report in reports),
         passes=tuple(code for report in reports for code in report.passes),
         tables=tuple(table for report in reports for table in report.tables),
-        absence="nothing was found" if not findings else "",
+        absence=_absence(reports) if not findings else "",
     )
 
 
-def skipped(what: str, error: NanhuntError) -> Report:
+def skipped(what: str, error: Exception) -> Report:
     """The report of an audit that could not run."""
-    sentences = (f"not done: {error.message}",)
-    return Report(what, (), (), (), Verdict("unknown", sentences), skips=(Skip(what, str(error)),))
+    if isinstance(error, NanhuntError):
+        message, reason = error.message, str(error)
+    else:
+        message = reason = f"{type(error).__name__}: {first_line(error)}"
+    return Report(what, (), (), (), Verdict("unknown", (f"not done: {message}",)), skips=(Skip(what, reason),))
+
+
+def _absence(reports: Sequence[Report]) -> str:
+    """What it means that no audit found anything: the words of one that had to stop come before the others."""
+    said = (report.absence for report in reports if report.absence)
+    return next((words for words in said if words != NOTHING), NOTHING)

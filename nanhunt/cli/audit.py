@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nanhunt.cli.output import AsJson, FailOnOption, Format, GitBisect, Ignore, Out, deliver, exit_code
-from nanhunt.errors import NanhuntError
+from nanhunt.errors import NanhuntError, first_line
 
 if TYPE_CHECKING:
     from nanhunt.audit.subject import Subject
@@ -77,15 +77,22 @@ def _report(names: tuple[str, ...], subject: "Subject") -> "Report":
 
     from nanhunt.audit.report import joined, skipped
 
-    reports = []
+    reports, problems = [], []
     with Console(stderr=True, highlight=False).status("") as status:
         for name in names:
             status.update(f"auditing: {name}")
             module = import_module(f"nanhunt.audit.{name}")
             try:
                 reports.append(module.audit_subject(subject, lambda what, name=name: status.update(f"{name}: {what}")))
-            except NanhuntError as error:
-                if len(names) == 1:
-                    raise
+            except Exception as error:  # noqa: BLE001 - models, losses and data of others may fail in any way
+                problems.append(error)
                 reports.append(skipped(f"audit-{name}", error))
+    if len(problems) == len(names):
+        raise _one_line(problems[0]) from problems[0]
     return reports[0] if len(reports) == 1 else joined(f"audit of {subject.name}", reports)
+
+
+def _one_line(error: Exception) -> NanhuntError:
+    if isinstance(error, NanhuntError):
+        return error
+    return NanhuntError(f"the audit cannot be done: {type(error).__name__}: {first_line(error)}")

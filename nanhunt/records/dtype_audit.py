@@ -184,6 +184,7 @@ class Accumulation:
         num_terms: Terms that were not zero, elements counted one by one.
         num_lost: Terms whose addition did not change the total.
         relative_error: Of the last total against float64, by norm.
+        term_share: Norm of the largest term over that of the total it was added to.
     """
 
     place: OpPlace
@@ -192,6 +193,7 @@ class Accumulation:
     num_terms: int
     num_lost: int
     relative_error: float
+    term_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class LayerPass:
         variation: That of the difference from the mean over samples, or over positions of a single sample.
         gradient_norm: Norm of the gradient with respect to the output; None where there is none.
         num_nonfinite: Elements of the output that are NaN or infinite.
+        rounding: What rounding alone may make of the variation.
     """
 
     input_rms: float | None
@@ -43,6 +44,7 @@ class LayerPass:
     variation: float | None
     gradient_norm: float | None = None
     num_nonfinite: int = 0
+    rounding: float = 0.0
 
     @property
     def gain(self) -> float | None:
@@ -180,8 +182,8 @@ class ParameterAtInit:
         shape: Its shape.
         num_nonfinite: Elements that are NaN or infinite, the most of any initialisation.
         gradient_norms: For each initialisation; None where the backward pass did not come to it.
-        is_zero: Whether it is the weight of a layer, and 0 throughout.
-        still_blocked: Whether it is 0 and its gradient is 0, at first and after a few steps.
+        is_zero: Whether it has two axes or more and is 0 throughout.
+        still_blocked: Whether it is 0 and its gradient is 0, at first and after a few steps, because of other zeros.
         has_equal_units: Whether all units have the same weights and are given the same gradient.
     """
 
@@ -229,10 +231,12 @@ class InitAudit:
     @property
     def signal_falls(self) -> tuple[DepthChange, ...]:
         """For each initialisation, how what differs between samples falls over depth."""
-        seen = [layer for layer in self.weighted if all(one.variation is not None for one in layer.passes)]
-        return tuple(
-            fall([layer.passes[number].variation or 0.0 for layer in seen]) for number in range(self.num_inits)
-        )
+        return tuple(fall([one.variation or 0.0 for one in seen]) for seen in self._varying())
+
+    @property
+    def certain_signal_falls(self) -> tuple[DepthChange, ...]:
+        """The same as far as it can be told from rounding, which beside a large bias is all that differs."""
+        return tuple(fall([max(one.variation or 0.0, one.rounding) for one in seen]) for seen in self._varying())
 
     @property
     def signal_rises(self) -> tuple[DepthChange, ...]:
@@ -255,6 +259,11 @@ class InitAudit:
     def has_finite_gradients(self) -> bool:
         """Whether there was a backward pass, and all gradients are finite."""
         return self.has_backward and not any(layer.num_nonfinite_gradients for layer in self.layers)
+
+    def _varying(self) -> list[list[LayerPass]]:
+        """For each initialisation, the layers of which it is known what differs between samples."""
+        layers = [layer for layer in self.weighted if all(one.variation is not None for one in layer.passes)]
+        return [[layer.passes[number] for layer in layers] for number in range(self.num_inits)]
 
     def _gradients(self, number: int) -> list[float]:
         """Of one initialisation, from the loss backwards; without the zeros that a zero layer puts before it."""

@@ -3,7 +3,9 @@
 What it does:
     Follows totals that one line adds to again and again, and keeps each of them in float64 beside. It holds where at
     least eight additions were made, a twentieth of the terms did not change the total, and the total is off by more
-    than eight eps. Sums of one operation over many float32 terms are compared with float64, too: it holds from 1e-4.
+    than eight eps. It also holds where nine tenths of the terms of eight additions did not change it, and the largest
+    addition is above eps / 64 of the total by norm: that is meant to be felt, a branch that begins at 1e-6 is not. Sums
+    of one operation over many float32 terms are compared with float64, too: it holds from 1e-4.
 
 Why it matters:
     Beyond 2048 adding 1 changes nothing in float16, beyond 256 in bfloat16, beyond 16777216 in float32. A loss that is
@@ -18,8 +20,8 @@ Use instead:
     A total in float32 or float64, or torch.stack(parts).sum(), which adds in pairs and in float32.
 
 Known limits:
-    A total is told by its line and its memory: one that is passed on through other operations is not followed. Only its
-    first 65,536 elements are.
+    A total is told by its line and its memory: one that is passed on through other operations is not followed, as a
+    residual stream to which two lines add in turn. Only its first 65,536 elements are.
 """
 
 from collections.abc import Iterator
@@ -32,6 +34,9 @@ from nanhunt.rules.registry import Judgement, Rule
 _ADDITIONS = 8
 _SHARE = 0.05
 _FAR = 8.0
+_ALL = 0.9
+_MEANT = 1 / 64
+"""Of eps: terms beyond this are meant to be felt. Residual branches that are scaled to begin small lie at 1 / 250."""
 _FLOAT32_ERROR = 1e-4
 
 
@@ -42,11 +47,11 @@ def _judge(audit: DtypeAudit) -> tuple[Judgement, ...] | None:
 
 
 def _is_lost(total: Accumulation) -> bool:
-    return (
-        total.num_additions >= _ADDITIONS
-        and total.num_lost >= _SHARE * total.num_terms > 0
-        and total.relative_error > _FAR * EPS.get(total.dtype, 0.25)
-    )
+    eps = EPS.get(total.dtype, 0.25)
+    if total.num_additions < _ADDITIONS or not total.num_terms:
+        return False
+    lost = total.num_lost / total.num_terms
+    return (lost >= _SHARE and total.relative_error > _FAR * eps) or (lost >= _ALL and total.term_share > _MEANT * eps)
 
 
 def _is_lossy_sum(use: OpUse) -> bool:
@@ -101,12 +106,16 @@ def _sum(error: float, op: str = "aten::index_add") -> DtypeAudit:
 FLAGGED = (
     DtypeAudit(accumulations=(Accumulation(_PLACE, "bfloat16", 1000, 1000, 744, 0.744),)),
     DtypeAudit(accumulations=(Accumulation(_PLACE, "float32", 100, 100, 100, 1e-5),)),
+    DtypeAudit(accumulations=(Accumulation(_PLACE, "bfloat16", 20, 640, 640, 1e-4, term_share=3e-4),)),
     _sum(0.44),
 )
 CLEAN = (
     DtypeAudit(accumulations=(Accumulation(_PLACE, "bfloat16", 12, 12000, 300, 0.004),)),
     DtypeAudit(accumulations=(Accumulation(_PLACE, "float16", 4, 4, 4, 0.5),)),
     DtypeAudit(accumulations=(Accumulation(_PLACE, "float32", 9, 9, 9, 1e-9),)),
+    DtypeAudit(accumulations=(Accumulation(_PLACE, "bfloat16", 20, 640, 640, 1e-6, term_share=1e-6),)),
+    DtypeAudit(accumulations=(Accumulation(_PLACE, "bfloat16", 20, 640, 300, 1e-3, term_share=3e-3),)),
     _sum(7e-7),
 )
-"""The residual stream of twelve layers; too few additions to call it a total; what is lost is below the last digit."""
+"""The residual stream of twelve layers; too few additions to call it a total; what is lost is below the last digit; a
+branch that begins at next to nothing; a stream that takes half of what its branches give."""

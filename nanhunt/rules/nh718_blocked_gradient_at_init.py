@@ -1,8 +1,9 @@
 """blocked-gradient-at-init: weights that are 0 have no gradient, and a few steps of training do not give them one.
 
 What it does:
-    Looks at layers whose weights are all 0. Where their gradient is 0 as well, the model is trained for three steps
-    (on a copy) and looked at again. It holds where weights and gradient are still 0, for every initialisation.
+    Looks at parameters of two axes or more that are all 0. Where their gradient is 0 as well, the model is trained for
+    three steps (on a copy) and looked at again. It holds where parameter and gradient are still 0, for every
+    initialisation, and there is a gradient once these parameters are not 0.
 
 Why it matters:
     One layer that begins at zero is fine: its own gradient is not 0, so it moves and lets the others learn. Two in a
@@ -13,7 +14,7 @@ Use instead:
     Let the last layer of a branch begin at zero, and only that.
 
 Known limits:
-    Weights of ``nn.Linear`` and of convolutions with one group are looked at.
+    Parameters of one axis, as biases and gates, are not looked at.
 
 References:
     Zhang et al. 2019, arXiv:1901.09321 (zero last layers). Hu et al. 2021, arXiv:2106.09685 (one zero factor of two).

@@ -212,6 +212,35 @@ def test_what_is_no_batch_is_one_line():
             audit_data(wrong)
 
 
+@pytest.mark.parametrize("offset", [3e3, 3e6, 1e7, 3e7])
+def test_an_offset_is_found_however_little_it_leaves_of_the_signal(offset):
+    found = only(audit_data({"x": torch.randn(16, 8, 500) + offset}))
+    assert found.code == "NH618"
+    assert found.evidence["mean_over_std"] == pytest.approx(offset, rel=0.3)
+
+
+def test_sums_that_should_all_be_one_are_no_drowned_signal():
+    sums = torch.softmax(torch.randn(16, 8, 500, 30), -1).sum(-1)
+    assert sums.unique().numel() > 1
+    assert audit_data({"x": sums}).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        (torch.empty(4, 8, device="meta"), "a meta tensor, which has no values"),
+        (torch.randn(4, 8, dtype=torch.complex64), "of complex numbers, complex64"),
+        (torch.eye(4).to_sparse(), "a sparse tensor"),
+    ],
+    ids=["meta", "complex", "sparse"],
+)
+def test_a_tensor_that_cannot_be_looked_at_is_said_to_be_one(batch, what):
+    with pytest.raises(NanhuntError, match=f"batch is {what}"):
+        audit_data(batch)
+    report = audit_data({"x": waveforms(), "other": batch})
+    assert f"it is {what}" in {skip.reason for skip in report.skips}
+
+
 def test_no_more_than_fifty_batches_are_taken():
     taken = []
 

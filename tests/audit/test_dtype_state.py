@@ -88,6 +88,68 @@ def test_a_failing_step_puts_everything_back_as_well():
     assert not hasattr(torch.autocast.__enter__, "_nanhunt_stand_in")
 
 
+def test_a_step_that_fails_before_it_begins_is_an_error():
+    def loss(built, batch):
+        raise RuntimeError("over")
+
+    with pytest.raises(NanhuntError, match="the step fails before anything runs: RuntimeError: over"):
+        nanhunt.audit_dtype(model(), torch.randn(16, 8), loss=loss)
+    with pytest.raises(NanhuntError, match="the step fails before anything runs: TypeError"):
+        nanhunt.audit_dtype(model(), (value for value in [torch.randn(16, 8)]))
+
+
+def test_of_a_step_that_fails_later_it_is_not_said_that_nothing_is_wrong():
+    def loss(built, batch):
+        built(batch)
+        raise RuntimeError("over")
+
+    report = nanhunt.audit_dtype(model(), torch.randn(16, 8), loss=loss)
+    assert report.absence == "the step ended in an error, and until then nothing was found"
+
+
+def test_training_flags_are_as_before():
+    net = model()
+    net[2].eval()
+    nanhunt.audit_dtype(net, torch.randn(16, 8), loss=lambda built, batch: built.eval()(batch).sum())
+    assert [part.training for part in net] == [True, True, False, True]
+
+
+class Writing(nn.Module):
+    """Writes to a buffer, and replaces another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("mask", torch.ones(8))
+        self.register_buffer("last", None)
+        self.register_buffer("part", self.mask[:4])
+
+    def forward(self, x):
+        self.mask.mul_(2.0)
+        self.last = x.detach()
+        assert torch.equal(self.part, self.mask[:4])
+        return self.layer(x) * self.mask
+
+
+def test_a_pending_graph_of_the_callers_still_goes_backward():
+    net = Writing()
+    del net.part
+    net.register_buffer("part", torch.full((4,), 2.0))
+    mask = net.mask
+    pending = (net.mask * net.layer.weight).sum()
+    nanhunt.audit_dtype(net, torch.randn(16, 8))
+    pending.backward()
+    assert torch.equal(net.layer.weight.grad, torch.ones(8, 8))
+    assert net.mask is mask
+    assert net.last is None
+
+
+def test_buffers_that_share_their_memory_go_on_sharing_it():
+    net = Writing()
+    assert "ended in" not in dict(nanhunt.audit_dtype(net, torch.randn(16, 8)).facts)
+    assert torch.equal(net.mask, torch.ones(8))
+
+
 def test_the_batch_may_be_written_to():
     batch = torch.ones(16, 8)
     nanhunt.audit_dtype(model(), batch, loss=lambda net, given: net(given.mul_(2)).sum())
