@@ -1,22 +1,25 @@
 """``nanhunt audit-optimizer``: parameter groups, schedule, clipping and state, without changing any of them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanhunt.audit.optimizer_copies import innermost
-from nanhunt.audit.optimizer_examination import Examination, Given
+from nanhunt.audit.optimizer_examination import Examination
+from nanhunt.audit.optimizer_given import Given
 from nanhunt.audit.optimizer_state import groups_in_file, state_in_file, steps_text, stored_weights
 from nanhunt.audit.report import report_of
 from nanhunt.audit.subject import Subject
+from nanhunt.capture.checkpoint import Stored
 from nanhunt.capture.rng import set_rng_state
-from nanhunt.errors import NanhuntError
+from nanhunt.errors import CaptureError, NanhuntError, TargetError, first_line
 from nanhunt.findings import Report, Skip
 from nanhunt.numerics import count
 from nanhunt.records.optimizer_audit import GroupSettings
+from nanhunt.targets import Target
 
 Progress = Callable[[str], None]
 
@@ -34,6 +37,7 @@ def audit_optimizer(
     num_steps: int | None = None,
     warmup_steps: int | None = None,
     scaler: Any = None,
+    others: Sequence[Optimizer] = (),
 ) -> Report:
     """What is wrong with an optimizer, its groups, its schedule and its state.
 
@@ -49,17 +53,18 @@ def audit_optimizer(
         num_steps: Planned optimizer steps; None for the schedule's length, else 10,000.
         warmup_steps: How long the warm-up is meant to be, in steps.
         scaler: The loop's ``GradScaler``, to be looked at between backward and step.
+        others: Optimizers that hold other parameters of the model, as in adversarial training or beside Muon; they are
+            not audited themselves.
 
     Returns:
         The report.
 
     Raises:
-        NanhuntError: If a batch comes without a loss, or a number of steps below 1 is given.
+        NanhuntError: If a batch comes without a loss or a loss uses another model than its own, if there are no
+            parameter groups, or if a number is out of its range.
     """
     if batch is not None and loss is None:
         raise NanhuntError("a batch needs a loss", help="pass loss=lambda model, batch: ...")
-    if num_steps is not None and num_steps < 1:
-        raise NanhuntError(f"num_steps is {num_steps}; it must be at least 1")
     given = Given(
         title=_TITLE,
         model=model,
@@ -71,7 +76,9 @@ def audit_optimizer(
         num_steps=num_steps,
         warmup_steps=warmup_steps,
         scaler=scaler,
+        others=tuple(innermost(other) for other in others),
     )
+    given.check()
     return Examination(given).report()
 
 
@@ -81,6 +88,7 @@ def audit_subject(subject: Subject, progress: Progress) -> Report:
     Raises:
         NanhuntError: If there is neither an optimizer nor its stored state.
     """
+    _check_groups(subject.stored)
     if subject.target is None:
         return _audit_file(subject)
     progress("building the model")
@@ -91,7 +99,7 @@ def audit_subject(subject: Subject, progress: Progress) -> Report:
         title=f"{_TITLE} of {subject.name}",
         model=model,
         optimizer=optimizer,
-        scheduler=source.scheduler(optimizer) if hasattr(source, "scheduler") else None,
+        scheduler=_scheduler_of(target, optimizer),
         loss=_loss_of(subject) if target.has_loss else None,
         max_grad_norm=target.max_grad_norm,
         says_clipping=hasattr(source, "max_grad_norm"),
@@ -99,10 +107,31 @@ def audit_subject(subject: Subject, progress: Progress) -> Report:
         warmup_steps=getattr(source, "warmup_steps", None),
         stored=subject.stored,
     )
+    given.check(f"target {target.name}: ")
     if target.has_loss:
         progress("making a batch")
         given.batch = subject.batch()
     return Examination(given, progress).report()
+
+
+def _check_groups(stored: Stored | None) -> None:
+    """Refuses a file whose groups are no groups."""
+    if stored is None or stored.optimizer is None:
+        return
+    groups = stored.optimizer.get("param_groups", [])
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise CaptureError(f"{stored.path}: the optimizer's param_groups are not a list of groups")
+
+
+def _scheduler_of(target: Target, optimizer: Optimizer) -> Any:
+    make = getattr(target.source, "scheduler", None)
+    try:
+        return make(optimizer) if make is not None else None
+    except NanhuntError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise TargetError(f"target {target.name} gives no scheduler: {reason}") from error
 
 
 def _loss_of(subject: Subject) -> Callable[[nn.Module, Any], Tensor]:

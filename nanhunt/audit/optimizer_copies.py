@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from nanhunt.capture.rng import RawStates
 from nanhunt.errors import NanhuntError, first_line
+from nanhunt.findings import Skip
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -26,6 +28,7 @@ _HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+_LONGEST_REASON = 200
 _OWN = ("state", "param_groups", "step", "_opt_called")
 _MODULE_HOOKS = (
     "_forward_hooks",
@@ -37,6 +40,27 @@ _MODULE_HOOKS = (
 
 class NoCopy(NanhuntError):
     """Something cannot be copied or stepped; the message says what and why."""
+
+
+class OtherModel(NanhuntError):
+    """A loss uses another model than the one it is given."""
+
+
+@contextlib.contextmanager
+def guarded(what: str, skips: list[Skip]) -> Iterator[None]:
+    """A part of the audit; what fails in it becomes a skip, and the other parts go on.
+
+    Raises:
+        OtherModel: As it is; what comes of such a loss is not worth a report.
+    """
+    try:
+        yield
+    except OtherModel:
+        raise
+    except NanhuntError as error:
+        skips.append(Skip(what, error.message))
+    except Exception as error:  # noqa: BLE001 - models, optimizers and schedules are anybody's and fail in any way
+        skips.append(Skip(what, f"{type(error).__name__}: {first_line(error)}"[:_LONGEST_REASON]))
 
 
 @contextlib.contextmanager
@@ -116,7 +140,8 @@ def step(optimizer: Optimizer, rates: list[float] | None = None) -> None:
         NoCopy: If it raises.
     """
     for group, rate in zip(optimizer.param_groups, rates or (), strict=rates is not None):
-        group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+        if group.get("lr") is not None:
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
     # Some optimizers look into the first tensor of each group.
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     try:
@@ -134,20 +159,48 @@ def batch_gradients(
 
     Raises:
         NoCopy: If the model cannot be copied or the step fails.
+        OtherModel: If the loss is that of another model than the one it is given.
     """
     try:
-        with unnoticed():
+        with unnoticed(), untouched(model) as touched:
             clone, batch = copy.deepcopy(model, _without_hooks(model)), _detached(batch)
             clone.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 value = loss(clone, batch)
                 value.backward()
+            if touched():
+                raise OtherModel(
+                    "the loss does not use the model it is given, but the original",
+                    help="write it as lambda model, batch: ..., of that model only",
+                )
+    except OtherModel:
+        raise
     except Exception as error:
         raise NoCopy(
             f"a step with the batch on a copy of the model failed: {type(error).__name__}: {first_line(error)}"
         ) from error
     pairs = zip(model.parameters(), clone.parameters(), strict=True)
     return float(value.detach()), {id(own): other.grad for own, other in pairs}
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Puts gradients, buffers and modes of a model back; gives whether something has left gradients in it."""
+    gradients = [(one, one.grad) for one in model.parameters()]
+    buffers = [(one, one.detach().clone()) for one in model.buffers() if not (one.is_meta or is_lazy(one))]
+    modes = [(one, one.training) for one in model.modules()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield lambda: any(parameter.grad is not None for parameter, _ in gradients)
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for buffer, kept in buffers:
+            if not torch.equal(buffer, kept):
+                buffer.detach().copy_(kept)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _without_hooks(model: nn.Module) -> dict[int, Any]:

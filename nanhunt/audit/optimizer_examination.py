@@ -2,20 +2,19 @@
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from nanhunt.audit import optimizer_schedule as schedules
 from nanhunt.audit.optimizer_clipping import clipped, clipping_of, effect_of_one_infinity, loss_scale
-from nanhunt.audit.optimizer_copies import NoCopy, batch_gradients, unnoticed
-from nanhunt.audit.optimizer_roles import groups_of, named_parameters, parameter_facts, unwrapped
+from nanhunt.audit.optimizer_copies import NoCopy, batch_gradients, guarded, unnoticed
+from nanhunt.audit.optimizer_given import Given
+from nanhunt.audit.optimizer_roles import groups_of, named_parameters, parameter_facts, rate_of, unwrapped
 from nanhunt.audit.optimizer_state import (
     compared,
     groups_in_file,
@@ -27,9 +26,16 @@ from nanhunt.audit.optimizer_state import (
     steps_text,
     stored_weights,
 )
-from nanhunt.audit.optimizer_steps import BUDGET, depends_on_size, dry_run, how_decay_acts, probe_steps
+from nanhunt.audit.optimizer_steps import (
+    BUDGET,
+    depends_on_size,
+    dry_run,
+    how_decay_acts,
+    moves_without_rate,
+    probe_steps,
+)
+from nanhunt.audit.optimizer_tables import decay_text, groups_table, rates_table, roles_table, run_table
 from nanhunt.audit.report import report_of
-from nanhunt.capture.checkpoint import Stored
 from nanhunt.errors import first_line
 from nanhunt.findings import DataTable, Report, Skip
 from nanhunt.numerics import count
@@ -40,50 +46,10 @@ from nanhunt.records.optimizer_audit import (
     GroupFacts,
     GroupSettings,
     OptimizerSetup,
+    PlannedRates,
     ScheduleCurve,
     StoredState,
 )
-
-
-@dataclass
-class Given:
-    """What is audited.
-
-    Attributes:
-        title: For the report.
-        model: The model.
-        optimizer: Its optimizer.
-        scheduler: Its schedule.
-        batch: A batch.
-        loss: The loss of a batch.
-        max_grad_norm: Total norm that gradients are clipped to.
-        says_clipping: Whether it is known that nothing is clipped where that is None.
-        num_steps: Planned steps.
-        warmup_steps: Said length of the warm-up.
-        scaler: The loop's ``GradScaler``.
-        stored: The file with the state; the optimizer is then our own, and may be given that state.
-    """
-
-    title: str
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: Any = None
-    batch: Any = None
-    loss: Callable[[nn.Module, Any], Tensor] | None = None
-    max_grad_norm: float | None = None
-    says_clipping: bool = False
-    num_steps: int | None = None
-    warmup_steps: int | None = None
-    scaler: Any = None
-    stored: Stored | None = None
-
-
-_DECAYS: dict[Decay, str] = {
-    "none": "none",
-    "direct": "multiplies a weight by 1 - rate x decay in each step",
-    "through the gradient": "is added to the gradient, so what it does depends on that",
-    "unknown": "acts in a way that is not known",
-}
 
 
 class Examination:
@@ -104,18 +70,28 @@ class Examination:
         """The report of everything that can be measured."""
         given = self._given
         self._progress("the schedule")
-        curve = self._curve()
+        curve = schedules.constant(given.optimizer, given.num_steps)
+        with guarded("the schedule's curve", self._skips):
+            curve = self._curve()
         rates = [curve.peak(index) for index in range(len(given.optimizer.param_groups))]
-        self._find_gradients()
+        with guarded("the gradients", self._skips):
+            self._find_gradients()
         self._progress("the parameter groups")
-        setup = self._setup(curve, rates)
+        setup, may_start, run = None, False, None
+        with guarded("the parameter groups", self._skips):
+            setup = self._setup(curve, rates)
         self._progress("the optimizer's state")
-        may_start = self._state()
+        with guarded("the optimizer's state", self._skips):
+            may_start = self._state()
         self._progress("a step on copies")
-        run = self._steps(rates, may_start)
-        self._schedule(curve)
-        self._clipping()
-        self._describe(setup, run)
+        with guarded("a step on copies", self._skips):
+            run = self._steps(rates, may_start)
+        with guarded("the schedule", self._skips):
+            self._schedule(curve)
+        with guarded("clipping", self._skips):
+            self._clipping()
+        with guarded("what stands above the findings", self._skips):
+            self._describe(setup, run)
         return report_of(
             given.title,
             self._records,
@@ -129,21 +105,55 @@ class Examination:
         given = self._given
         if given.scheduler is None:
             self._skips.append(Skip("the schedule's curve", "no schedule was given: the rate is taken to stay"))
-            return schedules.constant(given.optimizer, given.num_steps)
+            constant = schedules.constant(given.optimizer, given.num_steps)
+            # A schedule that nobody has named leaves its mark in the groups.
+            if not any(group.get("initial_lr") for group in given.optimizer.param_groups):
+                self._planned(constant)
+            return constant
         if not schedules.drives(given.scheduler, given.optimizer):
             self._skips.append(Skip("the schedule's curve", "the schedule is of another optimizer"))
-            rate = max(float(group["lr"]) for group in given.optimizer.param_groups)
+            rate = max(rate_of(group) for group in given.optimizer.param_groups)
             kind = type(given.scheduler).__name__
             self._records.append(ScheduleCurve(kind, 1, ((0, rate),), rate, 0, is_own=False))
             return schedules.constant(given.optimizer, given.num_steps)
         try:
             curve = schedules.curve_of(given.scheduler, given.optimizer, given.num_steps)
+            self._planned(curve)
         except NoCopy as error:
             self._skips.append(Skip("the schedule's curve", error.message))
+            self._planned(None)
             return schedules.constant(given.optimizer, given.num_steps)
         if curve.remark:
             self._skips.append(Skip("the rest of the schedule", curve.remark))
         return curve
+
+    def _planned(self, curve: schedules.Curve | None) -> None:
+        """Records the highest rates, as far as the curve begins with the first step, and what groups are scheduled."""
+        groups, scheduler = self._given.optimizer.param_groups, self._given.scheduler
+        number = schedules.num_scheduled(scheduler) if scheduler is not None else None
+        fails = number is not None and number != len(groups)
+        is_known = curve is not None and not curve.start
+        peaks = [self._peak(curve, index) if curve is not None and is_known else None for index in range(len(groups))]
+        self._records.append(
+            PlannedRates(
+                kind=type(scheduler).__name__ if scheduler is not None else "",
+                num_steps=curve.num_steps if curve is not None else 0,
+                peaks=tuple(peaks),
+                num_trained=tuple(sum(one.requires_grad for one in group["params"]) for group in groups),
+                num_scheduled=number,
+                failure=schedules.why_it_cannot_step(scheduler, self._given.optimizer) if fails else "",
+            )
+        )
+
+    def _peak(self, curve: schedules.Curve, index: int) -> float | None:
+        """The highest rate of a group; None where the group's rate is not what its steps are made with."""
+        peak, optimizer = curve.peak(index), self._given.optimizer
+        if optimizer.param_groups[index].get("lr") is None:
+            return None
+        try:
+            return None if peak == 0 and moves_without_rate(optimizer, index) else peak
+        except NoCopy:
+            return None
 
     def _find_gradients(self) -> None:
         """Those of a batch where there is one, else the stored ones; None of them if one is non-finite."""
@@ -174,10 +184,12 @@ class Examination:
             else {}
         )
         with unnoticed():
-            parameters, foreign = parameter_facts(given.model, given.optimizer, with_gradient)
+            parameters, foreign = parameter_facts(given.model, given.optimizer, with_gradient, given.others)
         groups = tuple(self._group(index, curve, rates[index]) for index in range(len(rates)))
         name = type(given.optimizer).__name__
-        setup = OptimizerSetup(name, groups, parameters, foreign, curve.num_steps, curve.steps_from)
+        setup = OptimizerSetup(
+            name, groups, parameters, foreign, curve.num_steps, curve.steps_from, 1 + len(given.others)
+        )
         lazy = sum(one.inferred == "not initialised yet" for one in parameters)
         if lazy:
             self._skips.append(Skip(f"{lazy:,} lazy parameters", "they have no shape before the first forward"))
@@ -194,13 +206,13 @@ class Examination:
             self._skips.append(Skip(f"how the decay of group {index} acts", error.message))
         return GroupFacts(
             index=index,
-            lr=float(group["lr"]),
+            lr=rate_of(group) if group.get("lr") is not None else None,
             weight_decay=decay,
             settings=settings_of(group),
             num_parameters=len(group["params"]),
             num_elements=sum(one.numel() for one in group["params"] if not is_lazy(one)),
             decay=acts,
-            peak_lr=rate,
+            peak_lr=rate if group.get("lr") is not None else 0.0,
             kept_share=curve.kept_share(index, decay) if acts == "direct" else None,
         )
 
@@ -255,6 +267,11 @@ class Examination:
         given, optimizer = self._given, self._given.optimizer
         probes, skips = probe_steps(optimizer, rates)
         gradients, source = self._gradients, self._source
+        sparse = {key for key, one in (gradients or {}).items() if one is not None and one.layout is not torch.strided}
+        if gradients is not None and sparse:
+            reason = f"{count(len(sparse), 'gradient is', 'gradients are')} sparse"
+            skips.append(Skip("a step on copies of the parameters with a sparse gradient", reason))
+            gradients = {key: None if key in sparse else one for key, one in gradients.items()}
         bad = [one for one in (gradients or {}).values() if one is not None and not bool(one.isfinite().all())]
         if bad:
             what = f"a step with the gradients {source.replace('stored', 'that are stored')}"
@@ -272,35 +289,39 @@ class Examination:
         return run
 
     def _schedule(self, curve: schedules.Curve) -> None:
-        given = self._given
+        """Records each shape of the curve once, and shows the highest."""
         if not curve.kind:
             return
-        group = schedules.main_group(curve)
-        points = curve.of(group)
-        weights = [one for index, one in groups_of(given.optimizer) if index == group and not is_lazy(one)]
-        typical, dtype = schedules.typical_weight([one for one in weights if one.is_floating_point()])
-        first = given.optimizer.param_groups[group]
-        record = ScheduleCurve(
-            kind=curve.kind,
-            num_steps=curve.num_steps,
-            samples=schedules.thinned(points),
-            given_lr=float(first.get("initial_lr", first["lr"])),
-            peak_step=schedules.peak_step(points),
-            said_warmup=given.warmup_steps,
-            num_idle=self._idle(curve, group, typical, dtype),
-            typical_weight=typical,
-            dtype=dtype,
-            is_planned=curve.steps_from != schedules.UNPLANNED,
-        )
-        self._records.append(record)
+        # A group that the schedule does not know has no curve; that is a finding of its own.
+        known = schedules.num_scheduled(self._given.scheduler)
+        groups = [group for group in schedules.main_groups(curve) if known is None or group < known]
+        for group in groups:
+            self._records.append(self._curve_of_group(curve, group))
         self._skips.append(
             Skip("how often the loop steps the schedule", "a schedule does not say; its steps are taken for updates")
         )
-        rows = tuple(
-            (f"{step:,}", f"{rate:.4g}", f"{rate / record.peak:.4g}") for step, rate in schedules.shown(points)
+        self._tables.append(rates_table(curve, groups[0] if groups else 0))
+
+    def _curve_of_group(self, curve: schedules.Curve, group: int) -> ScheduleCurve:
+        optimizer, points = self._given.optimizer, curve.of(group)
+        weights = [one for index, one in groups_of(optimizer) if index == group and not is_lazy(one)]
+        typical, dtype = schedules.typical_weight([one for one in weights if one.is_floating_point()])
+        first = optimizer.param_groups[group]
+        return ScheduleCurve(
+            kind=curve.kind,
+            num_steps=curve.num_steps,
+            samples=schedules.thinned(points),
+            given_lr=float(first.get("initial_lr", rate_of(first))),
+            peak_step=schedules.peak_step(points),
+            said_warmup=self._given.warmup_steps,
+            num_idle=self._idle(curve, group, typical, dtype),
+            typical_weight=typical,
+            dtype=dtype,
+            is_planned=not curve.steps_from.startswith(schedules.UNPLANNED),
+            start=curve.start,
+            group=group,
+            num_groups=len(optimizer.param_groups),
         )
-        note = f"{curve.num_steps:,} steps ({curve.steps_from})"
-        self._tables.append(DataTable("learning rate", ("update", "rate", "share of the peak"), rows, note))
 
     def _idle(self, curve: schedules.Curve, group: int, typical: float, dtype: str) -> int | None:
         try:
@@ -328,7 +349,7 @@ class Examination:
             self._skips.append(
                 Skip("whether gradients are clipped before they are unscaled", "a capture keeps no gradients")
             )
-        gradients = [one for one in (self._gradients or {}).values() if one is not None and not one.is_sparse]
+        gradients = [one for one in (self._gradients or {}).values() if one is not None and one.layout is torch.strided]
         if gradients:
             with torch.no_grad():
                 record = clipping_of(gradients, given.max_grad_norm, scale if self._source == "stored" else None)
@@ -336,65 +357,18 @@ class Examination:
             if self._source != "stored" or scale is None:
                 self._facts.append(("gradient norm", f"{record.norm:.4g}, {self._source}"))
 
-    def _describe(self, setup: OptimizerSetup, run: DryRun | None) -> None:
+    def _describe(self, setup: OptimizerSetup | None, run: DryRun | None) -> None:
         """What stands above the findings, and the tables."""
+        if setup is None:
+            return
         total = sum(group.num_elements for group in setup.groups)
         kind = type(unwrapped(self._given.model)).__name__
         own = [
             ("model", f"{kind}, {count(len(setup.parameters), 'parameter')}"),
             ("optimizer", f"{setup.optimizer}, {count(len(setup.groups), 'group')}, {count(total, 'weight')}"),
-            ("weight decay", _decay_text(setup)),
+            ("weight decay", decay_text(setup)),
         ]
         if run is not None:
             own.append(("step on copies", f"gradients {run.gradients}, at {run.rate}"))
         self._facts = own + self._facts
-        self._tables = [_groups_table(setup), *_roles_table(setup), *_run_table(run), *self._tables]
-
-
-def _decay_text(setup: OptimizerSetup) -> str:
-    ways = dict.fromkeys(group.decay for group in setup.groups)
-    return ", ".join(_DECAYS[way] for way in ways if way != "none" or len(ways) == 1)
-
-
-def _groups_table(setup: OptimizerSetup) -> DataTable:
-    rows = tuple(
-        (
-            str(group.index),
-            f"{group.lr:.4g}",
-            f"{group.weight_decay:g}",
-            f"{group.settings['eps']:g}" if "eps" in group.settings else "",
-            f"{group.num_parameters:,}",
-            f"{group.num_elements:,}",
-        )
-        for group in setup.groups
-    )
-    return DataTable("parameter groups", ("group", "rate", "decay", "eps", "parameters", "weights"), rows)
-
-
-def _roles_table(setup: OptimizerSetup) -> list[DataTable]:
-    """What each kind of parameter gets."""
-    found: Counter[tuple[str, str, str]] = Counter()
-    for parameter in setup.parameters:
-        where = ", ".join(str(index) for index in parameter.groups) or "none"
-        decay = f"{setup.decay_of(parameter):g}" if parameter.groups else ""
-        found[parameter.role, where if parameter.requires_grad else f"{where} (frozen)", decay] += 1
-    rows = tuple((role, where, decay, f"{number:,}") for (role, where, decay), number in sorted(found.items()))
-    note = "other: a matrix in a module of no known type" if any(row[0] == "other" for row in rows) else ""
-    return [DataTable("what the parameters are", ("role", "group", "decay", "parameters"), rows, note)] if rows else []
-
-
-def _run_table(run: DryRun | None) -> list[DataTable]:
-    if run is None or not run.updates:
-        return []
-    rows = tuple(
-        (
-            str(update.group),
-            update.dtype,
-            f"{update.lr:.4g}",
-            f"{update.num_elements:,}",
-            f"{update.num_unchanged / update.num_elements:.2%}" if update.num_elements else "",
-        )
-        for update in run.updates
-    )
-    columns = ("group", "type", "rate", "weights with a gradient", "left as they were")
-    return [DataTable("one step on copies", columns, rows)]
+        self._tables = [groups_table(setup), *roles_table(setup), *run_table(run), *self._tables]

@@ -1,8 +1,10 @@
 """What each parameter of a model does, told by the type of its module and, where that is foreign, by its behaviour."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,10 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def parameter_facts(
-    model: nn.Module, optimizer: Optimizer, with_gradient: Mapping[int, bool]
+    model: nn.Module,
+    optimizer: Optimizer,
+    with_gradient: Mapping[int, bool],
+    others: Sequence[Optimizer] = (),
 ) -> tuple[tuple[ParameterFacts, ...], tuple[ParameterFacts, ...]]:
     """The parameters of the model, and the tensors that only the optimizer holds.
 
@@ -61,6 +66,7 @@ def parameter_facts(
         model: The model.
         optimizer: The optimizer.
         with_gradient: Whether a step gives a parameter a gradient, by ``id``; empty where none was run.
+        others: Optimizers that hold other parameters of the model.
     """
     places: dict[int, list[int]] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -68,7 +74,11 @@ def parameter_facts(
             places.setdefault(id(parameter), []).append(index)
     roles = _Roles(unwrapped(model))
     own = named_parameters(model)
-    facts = tuple(_facts(name, one, roles, places, with_gradient) for name, one in own.items())
+    elsewhere = {id(parameter) for other in others for _, parameter in groups_of(other)}
+    facts = tuple(
+        replace(_facts(name, one, roles, places, with_gradient), held_elsewhere=id(one) in elsewhere)
+        for name, one in own.items()
+    )
     known = {id(parameter) for parameter in own.values()}
     strangers = {id(p): p for group in optimizer.param_groups for p in group["params"] if id(p) not in known}
     foreign = tuple(
@@ -76,6 +86,12 @@ def parameter_facts(
         for p in strangers.values()
     )
     return facts, foreign
+
+
+def rate_of(group: Mapping[str, Any]) -> float:
+    """The rate of a group; NaN where it has none, as where the optimizer finds one by itself."""
+    rate = group.get("lr")
+    return float(rate) if rate is not None else math.nan
 
 
 def _facts(
@@ -99,7 +115,8 @@ def _facts(
         dtype=dtype_name(parameter),
         requires_grad=parameter.requires_grad,
         groups=tuple(places.get(id(parameter), ())),
-        has_gradient=with_gradient.get(id(parameter), stored),
+        # A step with a batch gives a frozen parameter none; what counts is what it still has.
+        has_gradient=with_gradient.get(id(parameter), stored) if parameter.requires_grad else stored,
         asks_no_decay=bool(getattr(parameter, "_no_weight_decay", False)) or spared,
     )
 

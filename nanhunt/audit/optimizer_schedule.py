@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedules
 
 from nanhunt.audit.optimizer_copies import NoCopy, copy_of, unnoticed
+from nanhunt.audit.optimizer_roles import rate_of
 from nanhunt.errors import first_line
 from nanhunt.numerics import LIMITS, ulp
 
@@ -34,11 +34,12 @@ class Curve(NamedTuple):
 
     Attributes:
         kind: Class of the schedule.
-        steps: The sampled steps, rising, from 0.
+        steps: The sampled steps, rising, from the first one that is known.
         rates: The rates of all groups at each.
         num_steps: Planned steps.
         steps_from: Where that number comes from.
         remark: What was not looked at; empty if nothing.
+        start: The first step that it knows; above 0 for a schedule under way that cannot be asked for earlier ones.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Curve(NamedTuple):
     num_steps: int
     steps_from: str
     remark: str = ""
+    start: int = 0
 
     def peak(self, group: int) -> float:
         """The highest rate of a group."""
@@ -78,13 +80,13 @@ class Curve(NamedTuple):
 
 def constant(optimizer: Optimizer, num_steps: int | None) -> Curve:
     """The rates as they stand, for as long as is planned."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    rates = [rate_of(group) for group in optimizer.param_groups]
     number = num_steps or STANDARD_STEPS
     return Curve("", (0, max(number - 1, 1)), (rates, rates), number, "planned" if num_steps else "if the rate stays")
 
 
 def curve_of(scheduler: Any, optimizer: Optimizer, num_steps: int | None) -> Curve:
-    """The curve of a schedule, from its step 0 on.
+    """The curve of a schedule, from its step 0 on where it can be asked for that.
 
     Raises:
         NoCopy: If it cannot be copied or asked.
@@ -100,7 +102,8 @@ def curve_of(scheduler: Any, optimizer: Optimizer, num_steps: int | None) -> Cur
                 curve = _asked(scheduler, optimizer, num_steps, kind)
             except Exception:  # noqa: BLE001 - a formula may know no step beyond its end; taking the steps shows where
                 curve = None
-            return curve if curve is not None else _stepped(scheduler, optimizer, num_steps, kind)
+            curve = curve if curve is not None else _stepped(scheduler, optimizer, num_steps, kind)
+            return _for_all_groups(curve, optimizer)
     # A schedule calls functions of the user.
     except Exception as error:
         raise NoCopy(f"{kind} cannot be asked on a copy: {type(error).__name__}: {first_line(error)}") from error
@@ -113,7 +116,7 @@ def _asked(scheduler: Any, optimizer: Optimizer, num_steps: int | None, kind: st
         return None
     # The first update runs at what the groups say, whatever the formula does.
     is_fresh = getattr(scheduler, "last_epoch", 0) == 0
-    rates_at = _starting_at([float(group["lr"]) for group in optimizer.param_groups], formula) if is_fresh else formula
+    rates_at = _starting_at([rate_of(group) for group in optimizer.param_groups], formula) if is_fresh else formula
     number, source = (num_steps, "planned") if num_steps else _length(scheduler, rates_at)
     steps = _chosen(number, rates_at)
     return Curve(kind, steps, tuple(rates_at(step) for step in steps), number, source)
@@ -124,6 +127,42 @@ def _starting_at(now: Rates, formula: Callable[[int], Rates]) -> Callable[[int],
         return formula(step) if step else now
 
     return rates_at
+
+
+def _for_all_groups(curve: Curve, optimizer: Optimizer) -> Curve:
+    """The curve with the rates of groups that the schedule does not know, as they stand."""
+    more = [rate_of(group) for group in optimizer.param_groups]
+    return curve._replace(rates=tuple([*rates, *more[len(rates) :]][: len(more)] for rates in curve.rates))
+
+
+def num_scheduled(scheduler: Any) -> int | None:
+    """How many groups a schedule has rates for; None where it does not say."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(inner, torch_schedules.LRScheduler):
+        return None
+    parts = getattr(inner, "_schedulers", None)
+    bases = getattr(parts[0] if isinstance(parts, list | tuple) and parts else inner, "base_lrs", None)
+    return len(bases) if isinstance(bases, list | tuple) else None
+
+
+def why_it_cannot_step(scheduler: Any, optimizer: Optimizer) -> str:
+    """What a step of a copy of the schedule raises; empty if nothing."""
+    try:
+        with unnoticed():
+            _copied(getattr(scheduler, "scheduler", scheduler), optimizer).step()
+    except Exception as error:  # noqa: BLE001 - whatever it raises is the answer
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _first_step(scheduler: Any, optimizer: Optimizer) -> int:
+    """How many steps a schedule has behind it; those of the optimizer where it keeps no count."""
+    for one in (scheduler, *(getattr(scheduler, "_schedulers", None) or ())):
+        taken = getattr(one, "last_epoch", None)
+        if isinstance(taken, int):
+            return max(taken, 0)
+    counts = [held.get("step", 0) for held in optimizer.state.values() if isinstance(held, dict)]
+    return max((int(one) for one in counts), default=0)
 
 
 def _copied(scheduler: Any, optimizer: Optimizer) -> Any:
@@ -164,6 +203,8 @@ def _length(scheduler: Any, rates_at: Callable[[int], Rates]) -> tuple[int, str]
     if not any(rates_at(_LONGEST)) and not any(rates_at(2 * _LONGEST)):
         # The last power of two at which the rate is not 0 lies before the end, the next one behind it.
         low = max((2**power for power in range(22) if any(rates_at(2**power))), default=0)
+        if not low and not any(rates_at(0)):
+            return STANDARD_STEPS, UNPLANNED
         high = max(2 * low, 1)
         while low < high:
             middle = (low + high) // 2
@@ -191,22 +232,27 @@ def _chosen(number: int, rates_at: Callable[[int], Rates]) -> tuple[int, ...]:
 def _stepped(scheduler: Any, optimizer: Optimizer, num_steps: int | None, kind: str) -> Curve:
     """The curve of a schedule that must be stepped; it begins where the schedule stands."""
     length = getattr(scheduler, "total_steps", None)
-    number = num_steps or (length if type(length) is int and length > 0 else STANDARD_STEPS)
+    planned = num_steps or (length if type(length) is int and length > 0 else None)
+    number = planned or _first_step(scheduler, optimizer) + STANDARD_STEPS
     source = "planned" if num_steps else "the schedule's total_steps" if length else UNPLANNED
     clone = _copied(scheduler, optimizer)
     groups = clone.optimizer.param_groups
-    seen = [[float(group["lr"]) for group in groups]]
-    remark = f"only the first {_MOST_STEPPED:,} of {number:,} steps were looked at" if number > _MOST_STEPPED else ""
-    for taken in range(1, min(number, _MOST_STEPPED)):
+    seen = [[rate_of(group) for group in groups]]
+    start = _first_step(scheduler, optimizer)
+    source = f"{source}, from step {start:,} on" if start else source
+    left = number - start
+    remark = f"only the first {_MOST_STEPPED:,} of {left:,} steps were looked at" if left > _MOST_STEPPED else ""
+    for taken in range(1, min(left, _MOST_STEPPED)):
         try:
             clone.step()
         except Exception as error:
             if taken == 1:
                 raise
-            remark = f"it raises at its step {taken:,} of {number:,}: {first_line(error)}"
+            remark = f"it raises at its step {start + taken:,} of {number:,}: {first_line(error)}"
             break
-        seen.append([float(group["lr"]) for group in groups])
-    return Curve(kind, tuple(range(len(seen))), tuple(seen), len(seen), source, remark)
+        seen.append([rate_of(group) for group in groups])
+    end = start + len(seen)
+    return Curve(kind, tuple(range(start, end)), tuple(seen), end, source, remark, start)
 
 
 def drives(scheduler: Any, optimizer: Optimizer) -> bool:
@@ -216,9 +262,14 @@ def drives(scheduler: Any, optimizer: Optimizer) -> bool:
     return any(one is other for one in groups for other in optimizer.param_groups)
 
 
-def main_group(curve: Curve) -> int:
-    """The group with the highest rate."""
-    return max(range(len(curve.rates[0])), key=curve.peak)
+def main_groups(curve: Curve) -> list[int]:
+    """One group for each shape of the curve, the one with the highest rate first; none whose rate is never above 0."""
+    chosen: dict[tuple[float, ...], int] = {}
+    for group in sorted(range(len(curve.rates[0])), key=curve.peak, reverse=True):
+        highest = curve.peak(group)
+        if highest > 0:
+            chosen.setdefault(tuple(round(rates[group] / highest, 6) for rates in curve.rates), group)
+    return list(chosen.values())
 
 
 def peak_step(points: Sequence[tuple[int, float]]) -> int:
@@ -257,14 +308,11 @@ def typical_weight(parameters: Sequence[Tensor]) -> tuple[float, str]:
         return 0.0, "float32"
     dtype, chosen = max(by_type.items(), key=lambda item: sum(one.numel() for one in item[1]))
     parts = []
-    for one in chosen[:64]:
+    for one in [one for one in chosen if not one.is_meta][:64]:
         flat = one.detach().flatten()
         parts.append(flat[:: max(1, flat.numel() // 4096)].float().abs().cpu())
+    if not parts:
+        return 0.0, dtype
     values = torch.cat(parts)
     values = values[(values > 0) & values.isfinite()]
     return (float(values.median()) if values.numel() else 0.0), dtype
-
-
-def is_rising_at_the_end(points: Sequence[tuple[int, float]]) -> bool:
-    """Whether the rate never fell and is higher at the end than before."""
-    return all(later >= earlier for (_, earlier), (_, later) in pairwise(points)) and points[-1][1] > points[-2][1]

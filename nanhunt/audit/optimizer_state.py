@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from nanhunt.audit.optimizer_roles import dtype_name, groups_of
+from nanhunt.audit.optimizer_roles import dtype_name, groups_of, rate_of
 from nanhunt.records.optimizer_audit import (
     Decay,
     GroupFacts,
@@ -34,9 +35,19 @@ _PER_ELEMENT = frozenset(
         "step_size",
     )
 )
-_SECOND_MOMENTS = frozenset(
-    ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf", "row_var", "col_var", "variance")
-)
+# Sums and means of squares or sizes, with the setting by which one knows the optimizers of torch that keep them under
+# this name: others may call anything "sum".
+_SECOND_MOMENTS = {
+    "exp_avg_sq": "",
+    "max_exp_avg_sq": "",
+    "exp_inf": "betas",
+    "square_avg": "",
+    "acc_delta": "rho",
+    "sum": "initial_accumulator_value",
+    "row_var": "beta2_decay",
+    "col_var": "beta2_decay",
+    "variance": "beta2_decay",
+}
 _KEEPING = ("betas", "alpha", "rho", "etas", "lr_decay")
 
 Expected = Callable[[Any], tuple[tuple[int, ...], str] | None]
@@ -60,7 +71,9 @@ def layout_of(optimizer: Optimizer, names: Mapping[int, str]) -> Layout:
     for number, (_, parameter) in enumerate(groups_of(optimizer)):
         numbered[number] = parameter
     titles = {number: names.get(id(one), f"parameter {number}") for number, one in numbered.items()}
-    return Layout(titles, {number: (tuple(one.shape), dtype_name(one)) for number, one in numbered.items()})
+    return Layout(
+        titles, {number: (tuple(one.shape), dtype_name(one)) for number, one in numbered.items() if not is_lazy(one)}
+    )
 
 
 def state_in_file(
@@ -84,12 +97,12 @@ def state_in_file(
     state = raw if isinstance(raw, Mapping) else {}
     fits = layout is not None and len(layout.names) == len(set(numbers))
     names = {number: _title(number, place, layout if fits else None) for place, number in enumerate(numbers)}
-    expected = dict(zip(numbers, layout.expected.values(), strict=False)) if layout is not None and fits else {}
+    expected = {number: layout.expected.get(place) for place, number in enumerate(numbers)} if layout and fits else {}
     known = [number for number in numbers if state.get(number)]
     without = [names[number] for number in numbers if not state.get(number) and names[number] in with_gradient]
     return StoredState(
         origin="the file",
-        entries=tuple(_entries(state, lambda number: names.get(number, f"parameter {number}"), expected.get)),
+        entries=tuple(_entries(state, lambda number: names.get(number, f"parameter {number}"), expected.get, groups)),
         num_parameters=len(numbers),
         num_with_state=len(known),
         unknown=tuple(f"parameter {number}" for number in state if number not in names),
@@ -116,11 +129,13 @@ def state_as_it_stands(
 
     def expected(number: Any) -> tuple[tuple[int, ...], str] | None:
         one = tensors.get(number)
-        return (tuple(one.shape), dtype_name(one)) if one is not None else None
+        return (tuple(one.shape), dtype_name(one)) if one is not None and not is_lazy(one) else None
 
     return StoredState(
         origin="the optimizer",
-        entries=tuple(_entries(state, lambda number: titles.get(number, "a tensor in no group"), expected)),
+        entries=tuple(
+            _entries(state, lambda number: titles.get(number, "a tensor in no group"), expected, optimizer.param_groups)
+        ),
         num_parameters=len(own),
         num_with_state=len(known),
         unknown=tuple(names.get(number, "a tensor of no module") for number in state if number not in own),
@@ -145,20 +160,25 @@ def _title(number: Any, place: int, layout: Layout | None) -> str:
     return layout.names.get(place, f"parameter {number}") if layout is not None else f"parameter {number}"
 
 
-def _entries(state: Mapping[Any, Any], title: Callable[[Any], str], expected: Expected) -> Iterator[StateFacts]:
+def _entries(
+    state: Mapping[Any, Any], title: Callable[[Any], str], expected: Expected, groups: Sequence[Mapping[str, Any]]
+) -> Iterator[StateFacts]:
+    settings = {name for group in groups for name in group}
+    squares = {key for key, setting in _SECOND_MOMENTS.items() if not setting or setting in settings}
     for number, held in state.items():
         for key, value in held.items() if isinstance(held, Mapping) else ():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta:
-                yield _facts(title(number), str(key), value, expected(number))
+                yield _facts(title(number), str(key), value, expected(number), key in squares)
 
 
-def _facts(parameter: str, key: str, value: Tensor, expected: tuple[tuple[int, ...], str] | None) -> StateFacts:
+def _facts(
+    parameter: str, key: str, value: Tensor, expected: tuple[tuple[int, ...], str] | None, is_second: bool
+) -> StateFacts:
     must_agree = expected is not None and key in _PER_ELEMENT
     plain = value.detach() if value.layout is torch.strided else value.detach().coalesce().values()
     num_nan, num_inf = int(plain.isnan().sum()), int(plain.isinf().sum())
     negative = plain < 0
     num_negative = int(negative.sum())
-    is_second = key in _SECOND_MOMENTS
     first: tuple[int, ...] = ()
     if num_nan or num_inf or (is_second and num_negative):
         wrong = ~plain.isfinite()
@@ -247,10 +267,17 @@ def groups_in_file(state_dict: Mapping[str, Any]) -> tuple[GroupFacts, ...]:
     """The numbers of the groups in a state dict."""
     found = []
     for index, group in enumerate(state_dict.get("param_groups", ())):
-        rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay") or 0.0)
-        numbers: dict[str, Any] = {"num_parameters": len(group.get("params", ())), "peak_lr": rate}
+        rate, decay = rate_of(group), float(group.get("weight_decay") or 0.0)
+        numbers: dict[str, Any] = {
+            "num_parameters": len(group.get("params", ())),
+            "peak_lr": rate if group.get("lr") is not None else 0.0,
+        }
         acts: Decay = "unknown" if decay else "none"
-        found.append(GroupFacts(index, rate, decay, settings_of(group), decay=acts, **numbers))
+        found.append(
+            GroupFacts(
+                index, rate if group.get("lr") is not None else None, decay, settings_of(group), decay=acts, **numbers
+            )
+        )
     return tuple(found)
 
 

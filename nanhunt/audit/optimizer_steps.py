@@ -2,14 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from nanhunt.audit.optimizer_copies import NoCopy, copy_of, step
+from nanhunt.audit.optimizer_copies import NoCopy, copy_of, guarded, step
 from nanhunt.audit.optimizer_roles import dtype_name, groups_of
 from nanhunt.findings import Skip
 from nanhunt.records.optimizer_audit import Decay, DryRun, Gradients, ProbeStep, UpdateFacts
@@ -20,6 +21,7 @@ BUDGET = 2_000_000_000
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GRADIENTS = (0.0, *(10.0**power for power in range(-8, 1)))
 _NUM_DECAY_STEPS = 3
+_NUM_REFINEMENTS = 4
 
 
 def how_decay_acts(optimizer: Optimizer, index: int, rate: float) -> Decay:
@@ -32,9 +34,9 @@ def how_decay_acts(optimizer: Optimizer, index: int, rate: float) -> Decay:
     decay = float(group.get("weight_decay") or 0.0)
     if decay == 0 or not group["params"]:
         return "none"
-    if rate <= 0 or not math.isfinite(rate * decay):
+    if not rate > 0 or not math.isfinite(rate * decay):
         return "unknown"
-    (weight,) = _probe(optimizer, index, group["params"][0], [0.0], torch.float64, rate, _NUM_DECAY_STEPS)
+    (weight,) = _probe(optimizer, index, _like(group["params"]), [0.0], torch.float64, rate, _NUM_DECAY_STEPS)
     left = float(weight.flatten()[0])
     expected = (1 - rate * decay) ** _NUM_DECAY_STEPS
     is_direct = abs(left - expected) <= 1e-6 * abs(1 - expected) + 4e-16
@@ -47,32 +49,75 @@ def depends_on_size(optimizer: Optimizer, index: int, rate: float) -> bool:
     Raises:
         NoCopy: If the optimizer cannot be stepped.
     """
-    like = optimizer.param_groups[index]["params"][0]
+    like = _like(optimizer.param_groups[index]["params"])
     small, large = _probe(optimizer, index, like, [1e-2, 1.0], torch.float64, rate or 1e-3)
     moved = [1.0 - float(one.flatten()[0]) for one in (small, large)]
     return abs(moved[1] - moved[0]) > 0.01 * abs(moved[1])
 
 
+def moves_without_rate(optimizer: Optimizer, index: int) -> bool:
+    """Whether a group moves at a rate of 0, as where the optimizer finds a rate by itself.
+
+    Raises:
+        NoCopy: If the optimizer cannot be stepped.
+    """
+    like = _like(optimizer.param_groups[index]["params"])
+    (weight,) = _probe(optimizer, index, like, [1.0], torch.float64, 0.0)
+    return bool((weight != 1.0).any())
+
+
+def _like(parameters: list[Tensor]) -> Tensor:
+    """A parameter whose device and number of dimensions others may have.
+
+    Raises:
+        NoCopy: If there is none with values.
+    """
+    found = next((one for one in parameters if not (is_lazy(one) or one.is_meta)), None)
+    if found is None:
+        raise NoCopy("no parameter of the group has values: they are lazy or on the meta device")
+    return found
+
+
 def probe_steps(optimizer: Optimizer, rates: list[float]) -> tuple[list[ProbeStep], list[Skip]]:
     """One step of each group's settings on weights of 1 with gradients from 0 to 1, in each type the group has."""
-    found, skips = [], []
+    found: list[ProbeStep] = []
+    skips: list[Skip] = []
     for index, group in enumerate(optimizer.param_groups):
-        by_type = Counter(one.dtype for one in group["params"])
+        solid = [one for one in group["params"] if not (is_lazy(one) or one.is_meta)]
+        by_type = Counter(one.dtype for one in solid)
         for dtype, number in by_type.items():
-            if dtype not in _REAL or not rates[index] > 0:
+            # A group without a rate has an optimizer that finds one by itself.
+            if dtype not in _REAL or (group.get("lr") is not None and not 0 < rates[index] < math.inf):
                 continue
-            like = next(one for one in group["params"] if one.dtype == dtype)
-            values = sorted({float(torch.tensor(value, dtype=dtype)) for value in _GRADIENTS})
-            try:
-                stepped = _probe(optimizer, index, like, values, dtype, rates[index])
-            except NoCopy as error:
-                skips.append(Skip(f"small gradients in group {index}", error.message))
-                continue
-            bad = [value for value, weight in zip(values, stepped, strict=True) if not bool(weight.isfinite().all())]
+            like = next(one for one in solid if one.dtype == dtype)
+            bad: list[float] = []
+            with guarded(f"small gradients in group {index}", skips):
+                bad = _bad_gradients(optimizer, index, like, rates[index])
             eps = group.get("eps")
             eps = float(eps) if isinstance(eps, int | float) else None
             found.append(ProbeStep(index, str(dtype).removeprefix("torch."), eps, number, tuple(bad)))
     return found, skips
+
+
+def _bad_gradients(optimizer: Optimizer, index: int, like: Tensor, rate: float) -> list[float]:
+    """Gradients that make a weight of 1 non-finite, in the type of ``like``; the largest one to within a percent."""
+
+    def bad_among(values: Iterable[float]) -> tuple[list[float], list[float]]:
+        chosen = sorted({float(torch.tensor(value, dtype=like.dtype)) for value in values})
+        stepped = _probe(optimizer, index, like, chosen, like.dtype, rate)
+        is_bad = [not bool(weight.isfinite().all()) for weight in stepped]
+        return chosen, [value for value, bad in zip(chosen, is_bad, strict=True) if bad]
+
+    values, bad = bad_among(_GRADIENTS)
+    for _ in range(_NUM_REFINEMENTS if bad else 0):
+        above = next((value for value in values if value > max(bad)), None)
+        if above is None:
+            break
+        # Between 0 and the next one there is no ratio; the type's smallest number will do.
+        low = max(max(bad), torch.finfo(like.dtype).smallest_normal)
+        values, more = bad_among([max(bad), *(low * (above / low) ** (part / 32) for part in range(33))])
+        bad = sorted({*bad, *more})
+    return bad
 
 
 def _probe(
@@ -142,7 +187,10 @@ def dry_run(
         if gradient is not None:
             entry = (parameter.detach(), copies[id(parameter)].detach(), gradient, names.get(id(parameter), ""))
             buckets.setdefault((index, dtype_name(parameter)), []).append(entry)
-    updates = [_update(index, dtype, rates[index], seen, sizes[index]) for (index, dtype), seen in buckets.items()]
+    updates = [
+        _update(index, dtype, optimizer.param_groups[index], rates[index], seen, sizes[index])
+        for (index, dtype), seen in buckets.items()
+    ]
     return DryRun(source, "the highest planned rate", tuple(updates)), skips
 
 
@@ -154,8 +202,8 @@ def _within_budget(optimizer: Optimizer) -> tuple[list[tuple[int, nn.Parameter]]
         if id(parameter) in seen or not parameter.requires_grad:
             continue
         seen.add(id(parameter))
-        if not isinstance(parameter, Tensor) or parameter.dtype not in _REAL or _is_special(parameter):
-            odd[type(parameter).__name__ if _is_special(parameter) else dtype_name(parameter)] += 1
+        if _is_special(parameter) or parameter.dtype not in _REAL:
+            odd[_kind(parameter)] += 1
             continue
         size = 4 * parameter.numel() * parameter.element_size()
         if spent + size > BUDGET:
@@ -171,7 +219,14 @@ def _within_budget(optimizer: Optimizer) -> tuple[list[tuple[int, nn.Parameter]]
 
 def _is_special(parameter: Tensor) -> bool:
     is_sharded = hasattr(parameter, "__tensor_flatten__") or hasattr(parameter, "full_tensor")
-    return is_sharded or parameter.layout is not torch.strided or parameter.is_meta
+    return is_sharded or is_lazy(parameter) or parameter.is_meta or parameter.layout is not torch.strided
+
+
+def _kind(parameter: Tensor) -> str:
+    """What keeps a parameter from being stepped, as one word or two."""
+    if is_lazy(parameter) or parameter.is_meta:
+        return "lazy" if is_lazy(parameter) else "on the meta device"
+    return type(parameter).__name__ if _is_special(parameter) else dtype_name(parameter)
 
 
 def _made(parameter: Tensor, optimizer: Optimizer, with_state: bool) -> Tensor:
@@ -186,7 +241,12 @@ def _made(parameter: Tensor, optimizer: Optimizer, with_state: bool) -> Tensor:
 
 
 def _update(
-    index: int, dtype: str, rate: float, seen: list[tuple[Tensor, Tensor, Tensor, str]], is_sized: bool
+    index: int,
+    dtype: str,
+    group: Mapping[str, Any],
+    rate: float,
+    seen: list[tuple[Tensor, Tensor, Tensor, str]],
+    is_sized: bool,
 ) -> UpdateFacts:
     num_elements = num_unchanged = num_nonfinite = 0
     stuck, first = [], ""
@@ -200,14 +260,41 @@ def _update(
         first = first or (name if broken else "")
         if watched and not moved:
             stuck.append(name)
+    sizes = _sizes([(before, after) for before, after, _, _ in seen], _taken_by_decay(group, rate))
     return UpdateFacts(
         *(index, dtype, rate, len(seen), num_elements, num_unchanged, tuple(stuck), num_nonfinite, first, is_sized),
-        moved_by=_moved_by([(before, after) for before, after, _, _ in seen]),
+        change_norm=sizes.change_norm,
+        weight_norm=sizes.weight_norm,
+        largest_change=sizes.largest_change,
+        largest_weight=sizes.largest_weight,
     )
 
 
-def _moved_by(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
-    """Norm of the change over that of the weights, in float64."""
-    change = math.hypot(*(float(torch.linalg.vector_norm(after.double() - before.double())) for before, after in pairs))
-    size = math.hypot(*(float(torch.linalg.vector_norm(before.double())) for before, _ in pairs))
-    return change / size if 0 < size < math.inf and math.isfinite(change) else None
+class _Sizes(NamedTuple):
+    """Norms of the changes and the weights, and the largest of each."""
+
+    change_norm: float
+    weight_norm: float
+    largest_change: float
+    largest_weight: float
+
+
+def _taken_by_decay(group: Mapping[str, Any], rate: float) -> float:
+    product = rate * float(group.get("weight_decay") or 0.0)
+    return product if math.isfinite(product) else 0.0
+
+
+def _sizes(pairs: list[tuple[Tensor, Tensor]], decayed: float) -> _Sizes:
+    """In float64: the squares of large float32 changes overflow where the changes do not."""
+    largest_change = largest_weight = 0.0
+    changes, weights = [], []
+    for one, other in pairs:
+        before, after = one.double(), other.double()
+        weight = before.abs()
+        change = (after - before).abs() - decayed * weight
+        changes.append(float(torch.linalg.vector_norm(after - before)))
+        weights.append(float(torch.linalg.vector_norm(before)))
+        change = change[change.isfinite()]
+        largest_change = max(largest_change, float(change.max()) if change.numel() else 0.0)
+        largest_weight = max(largest_weight, float(weight.max()) if weight.numel() else 0.0)
+    return _Sizes(math.hypot(*changes), math.hypot(*weights), largest_change, largest_weight)

@@ -61,7 +61,10 @@ class Subject:
         target = self._needed("to make the optimizer")
         if not target.has_optimizer:
             raise TargetError(f"target {target.name} has no optimizer(model)")
-        return target.optimizer(model)
+        optimizer = target.optimizer(model)
+        if not isinstance(optimizer, Optimizer):
+            raise TargetError(f"target {target.name} gives a {type(optimizer).__name__}, not a torch optimizer")
+        return optimizer
 
     def batch(self) -> Any | None:
         """The captured batch, else one that the target makes, else None."""

@@ -1,5 +1,6 @@
 """What the audit of an optimizer measured: groups, parameters, one step on copies, the schedule, the stored state."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +21,7 @@ class GroupFacts:
 
     Attributes:
         index: Its place.
-        lr: Learning rate as it stands.
+        lr: Learning rate as it stands; None where the optimizer finds one by itself.
         weight_decay: Weight decay; 0 where the optimizer has none.
         settings: Every other number of the group, by name, such as ``eps`` and ``betas.0``.
         num_parameters: Tensors in it.
@@ -31,7 +32,7 @@ class GroupFacts:
     """
 
     index: int
-    lr: float
+    lr: float | None
     weight_decay: float = 0.0
     settings: dict[str, float] = field(default_factory=dict)
     num_parameters: int = 0
@@ -56,6 +57,7 @@ class ParameterFacts:
         groups: The groups it is in, once for each time it is in one.
         has_gradient: Whether a gradient is stored, or a step gave one; None where nobody knows.
         asks_no_decay: Whether it carries a mark that asks to be spared from weight decay.
+        held_elsewhere: Whether another of the optimizers that were given holds it.
     """
 
     name: str
@@ -68,6 +70,7 @@ class ParameterFacts:
     groups: tuple[int, ...] = ()
     has_gradient: bool | None = None
     asks_no_decay: bool = False
+    held_elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class OptimizerSetup:
         foreign: Tensors in the groups that are not the model's.
         num_steps: Planned steps.
         steps_from: Where that number comes from.
+        num_optimizers: Optimizers that were given, this one among them.
     """
 
     optimizer: str
@@ -97,6 +101,7 @@ class OptimizerSetup:
     foreign: tuple[ParameterFacts, ...] = ()
     num_steps: int = 10_000
     steps_from: str = "if the rate stays"
+    num_optimizers: int = 1
 
     def decayed(self, *roles: Role) -> tuple[ParameterFacts, ...]:
         """Trainable parameters of these roles, by default of all, in a group with weight decay."""
@@ -110,14 +115,21 @@ class OptimizerSetup:
         """The largest weight decay that acts on a parameter."""
         return max((self.groups[index].weight_decay for index in parameter.groups), default=0.0)
 
-    def shrinkage(self, parameters: Sequence[ParameterFacts]) -> str:
-        """What the planned decay leaves of these parameters, as one clause."""
+    def decay_notes(self, parameters: Sequence[ParameterFacts]) -> tuple[str, ...]:
+        """What the planned decay does to these parameters, and what it cannot do."""
         groups = [self.groups[index] for index in sorted({index for one in parameters for index in one.groups})]
+        product = max((one.peak_lr * one.weight_decay for one in groups if one.decay == "direct"), default=0.0)
+        if product > 1:
+            return (f"rate x weight decay is {product:.4g}: diverging-weight-decay says what that does",)
+        if any(group.decay == "unknown" for group in groups):
+            return (f"how {self.optimizer} applies its decay is not known: no step on copies could tell",)
         kept = [group.kept_share for group in groups if group.kept_share is not None]
         when = f"after {self.num_steps:,} steps ({self.steps_from})"
         if not kept:
-            return f"{self.optimizer} adds the decay to the gradient, so it shrinks them by no fixed factor"
-        return f"where the gradient is 0, {factor(min(kept))} of the value is left {when}"
+            effect = f"{self.optimizer} adds the decay to the gradient, so it shrinks them by no fixed factor"
+        else:
+            effect = f"where the gradient is 0, {min(kept):.4g} of the value is left {when}"
+        return effect, "this is hygiene: it cannot by itself make a value NaN or infinite"
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,8 @@ class ProbeStep:
         dtype: Type of the numbers.
         eps: The group's ``eps``; None where it has none.
         num_parameters: Parameters of this type in the group.
-        bad_gradients: Gradients, of those that the type holds, with which a weight of 1 became non-finite.
+        bad_gradients: Gradients, of those that the type holds, with which a weight of 1 became non-finite; the
+            largest one is sought until it is known to within a percent.
     """
 
     group: int
@@ -154,7 +167,10 @@ class UpdateFacts:
         num_nonfinite: Elements that became non-finite though they and their gradients were finite.
         first_nonfinite: The parameter with the first of these.
         depends_on_size: Whether the update grows with the gradient.
-        moved_by: Norm of the change over the norm of the weights; None where the weights are all 0 or non-finite.
+        change_norm: Norm of the change.
+        weight_norm: Norm of the weights before.
+        largest_change: Largest change of one element, without what the decay takes; 0 where nothing finite changed.
+        largest_weight: Largest absolute value of an element before.
     """
 
     group: int
@@ -167,7 +183,10 @@ class UpdateFacts:
     num_nonfinite: int = 0
     first_nonfinite: str = ""
     depends_on_size: bool = False
-    moved_by: float | None = None
+    change_norm: float = 0.0
+    weight_norm: float = 0.0
+    largest_change: float = 0.0
+    largest_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,10 +207,38 @@ class DryRun:
     max_norm: float | None = None
     says_clipping: bool = False
 
+    @property
+    def moved_by(self) -> float | None:
+        """Norm of the change of all weights over their norm; None where they are all 0, or anything is non-finite."""
+        change = math.hypot(*(update.change_norm for update in self.updates))
+        size = math.hypot(*(update.weight_norm for update in self.updates))
+        return change / size if 0 < size < math.inf and math.isfinite(change) else None
+
+
+@dataclass(frozen=True)
+class PlannedRates:
+    """The highest planned rate of each group, and whether the schedule knows all groups.
+
+    Attributes:
+        kind: Class of the schedule; empty without one.
+        num_steps: Planned steps.
+        peaks: The highest rate of each group; None where nobody knows it.
+        num_trained: Trainable parameters in each group.
+        num_scheduled: Groups that the schedule has rates for; None where it does not say, or there is none.
+        failure: What a step of the schedule raises; empty if nothing.
+    """
+
+    kind: str
+    num_steps: int
+    peaks: tuple[float | None, ...]
+    num_trained: tuple[int, ...]
+    num_scheduled: int | None = None
+    failure: str = ""
+
 
 @dataclass(frozen=True)
 class ScheduleCurve:
-    """The learning rate over the planned steps, of the group with the highest one.
+    """The learning rate of a group over the planned steps.
 
     Attributes:
         kind: Class of the schedule.
@@ -205,6 +252,9 @@ class ScheduleCurve:
         dtype: Type of most weights.
         is_own: Whether it drives this optimizer.
         is_planned: Whether the number of steps was given or is the schedule's own.
+        start: The first step that is known; above 0 for a schedule under way that cannot be asked for earlier ones.
+        group: The group.
+        num_groups: Groups of the optimizer.
     """
 
     kind: str
@@ -218,6 +268,14 @@ class ScheduleCurve:
     dtype: str = "float32"
     is_own: bool = True
     is_planned: bool = True
+    start: int = 0
+    group: int = 0
+    num_groups: int = 1
+
+    @property
+    def whose(self) -> str:
+        """`` in group 1`` where there is more than one."""
+        return f" in group {self.group}" if self.num_groups > 1 else ""
 
     @property
     def peak(self) -> float:
@@ -338,8 +396,3 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """``a, b, c and 14 more``."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
-
-
-def factor(share: float) -> str:
-    """A share as a number that a person can read: ``0.993`` or ``1.2e-05``."""
-    return f"{share:.4g}"

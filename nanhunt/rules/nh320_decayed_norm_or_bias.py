@@ -41,8 +41,7 @@ def _judge(setup: OptimizerSetup) -> Judgement | None:
         f"weight decay of {max(setup.decay_of(one) for one in found):g} acts on {', '.join(named)}",
         evidence={"num_decayed": len(found), "first": some([one.name for one in found])},
         notes=(
-            setup.shrinkage(found),
-            "this is hygiene: it cannot by itself make a value NaN or infinite",
+            *setup.decay_notes(found),
             *([f"taken for norms by the name of their class only: {some(guessed)}"] if guessed else []),
         ),
         help=("put them into a group with weight_decay=0.0",),

@@ -28,7 +28,7 @@ def _judge(setup: OptimizerSetup) -> Judgement | None:
     return Judgement(
         f"weight decay of {max(setup.decay_of(one) for one in found):g} acts on {count(len(found), 'embedding')}",
         evidence={"num_decayed": len(found), "first": some([one.name for one in found])},
-        notes=(setup.shrinkage(found), "this is hygiene: it cannot by itself make a value NaN or infinite"),
+        notes=setup.decay_notes(found),
         help=("put them into a group with weight_decay=0.0, or ignore this rule where the decay is meant",),
         location=Location("optimizer", tensor=found[0].name),
     )

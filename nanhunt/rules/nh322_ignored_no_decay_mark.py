@@ -33,7 +33,7 @@ def _judge(setup: OptimizerSetup) -> Judgement | None:
     return Judgement(
         f"weight decay of {decay:g} acts on {count(len(found), 'parameter')} marked to be spared from it",
         evidence={"num_marked": len(found), "first": some([one.name for one in found])},
-        notes=(setup.shrinkage(found), "it cannot by itself make a value NaN or infinite"),
+        notes=setup.decay_notes(found),
         help=("put parameters with _no_weight_decay into a group with weight_decay=0.0",),
         location=Location("optimizer", tensor=found[0].name),
     )

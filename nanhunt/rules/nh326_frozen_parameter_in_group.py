@@ -27,9 +27,10 @@ def _judge(setup: OptimizerSetup) -> Judgement | None:
         return None
     moving = [one.name for one in found if one.has_gradient]
     what = (
-        f"{len(moving):,} of them have a gradient, so the next step moves them: {some(moving)}"
+        f"{count(len(moving), 'of them has', 'of them have')} a stored gradient, and a step moves what has one unless"
+        f" zero_grad() clears it first: {some(moving)}"
         if moving
-        else "none of them has a gradient now, so a step passes over them"
+        else "none of them has a stored gradient, so a step passes over them"
     )
     return Judgement(
         f"{count(len(found), 'frozen parameter is', 'frozen parameters are')} in the optimizer's groups",

@@ -41,7 +41,11 @@ def _judge(settings: GroupSettings) -> Judgement | None:
 
 
 def _wrong(group: GroupFacts) -> list[tuple[str, float]]:
-    numbers = {"lr": group.lr, "weight_decay": group.weight_decay, **group.settings}
+    numbers = {
+        **({"lr": group.lr} if group.lr is not None else {}),
+        "weight_decay": group.weight_decay,
+        **group.settings,
+    }
     found = []
     for name, value in numbers.items():
         kind = name.partition(".")[0]
@@ -55,9 +59,15 @@ def _wrong(group: GroupFacts) -> list[tuple[str, float]]:
 RULE = Rule("NH327", "unusable-setting", "unusable-setting", _judge, GroupSettings)
 
 
-def _settings(lr: float = 1e-4, **settings: float) -> GroupSettings:
+def _settings(lr: float | None = 1e-4, **settings: float) -> GroupSettings:
     return GroupSettings("AdamW", (GroupFacts(0, lr, settings=settings),))
 
 
 FLAGGED = (_settings(math.nan), _settings(eps=math.inf), _settings(**{"betas.1": 1.0}), _settings(-1e-3))
-CLEAN = (_settings(eps=1e-8), _settings(0.0), _settings(**{"betas.0": 0.0}), _settings(beta2_decay=-0.8))
+CLEAN = (
+    _settings(eps=1e-8),
+    _settings(0.0),
+    _settings(None),
+    _settings(**{"betas.0": 0.0}),
+    _settings(beta2_decay=-0.8),
+)

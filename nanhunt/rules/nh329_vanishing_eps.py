@@ -2,7 +2,8 @@
 
 What it does:
     Steps a copy of each group's settings once, from a fresh state, on weights of 1 in each type that the group holds,
-    with gradients from 0 to 1, and reports those with which the weight became non-finite.
+    with gradients from 0 to 1, and reports those with which the weight became non-finite. The largest of them is
+    sought to within a percent.
 
 Why it matters:
     Adam divides by the root of the second moment plus ``eps``. In float16 the usual ``eps`` of 1e-8 is 0, for the

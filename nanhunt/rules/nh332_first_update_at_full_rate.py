@@ -1,8 +1,9 @@
 """first-update-at-full-rate: the first update runs at the full rate, before a warm-up.
 
 What it does:
-    Looks at the first rates of the schedule's real curve. It holds where a warm-up is said and the first rate is the
-    highest one; or where the first rate falls to less than half at once and then rises again.
+    Looks at the first rates of the schedule's real curve, in each group whose curve has another shape. It holds where a
+    warm-up is said and the first rate is the highest one; or where the first rate falls to less than half at once and
+    then rises again.
 
 Why it matters:
     Adam's first update has the size of the rate in every weight, whatever the gradient. A warm-up is there to keep that
@@ -12,12 +13,14 @@ Use instead:
     Let the schedule set the rate when it is made, as torch's own schedules do, and step it after ``optimizer.step()``.
 """
 
-from nanhunt.findings import Location
+from nanhunt.findings import Location, Skip
 from nanhunt.records.optimizer_audit import ScheduleCurve
 from nanhunt.rules.registry import Judgement, Rule
 
 
-def _judge(curve: ScheduleCurve) -> Judgement | None:
+def _judge(curve: ScheduleCurve) -> Judgement | Skip | None:
+    if curve.start:
+        return Skip("the first update", f"the schedule is under way at step {curve.start:,} and cannot be asked for it")
     first, second, third = curve.at(0), curve.at(1), curve.at(2)
     if first is None or second is None or first <= 0 or first < 0.9 * curve.peak:
         return None
@@ -25,7 +28,7 @@ def _judge(curve: ScheduleCurve) -> Judgement | None:
     if not (falls or (curve.said_warmup or 0) > 1):
         return None
     return Judgement(
-        f"the first update runs at {first:.4g}, {first / curve.peak:.2g} of the highest rate",
+        f"the first update{curve.whose} runs at {first:.4g}, {first / curve.peak:.2g} of the highest rate",
         evidence={"first_rate": first, "second_rate": second, "peak_rate": curve.peak},
         notes=("the rate falls at once and then rises: the first update comes before the warm-up",)
         if falls

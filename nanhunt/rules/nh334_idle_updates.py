@@ -24,12 +24,15 @@ from nanhunt.rules.registry import Judgement, Rule
 
 def _judge(curve: ScheduleCurve) -> Judgement | Skip | None:
     if curve.num_idle is None:
-        return Skip("idle updates", "the updates grow with the gradients, so the rate alone says nothing")
-    if not 0.1 * curve.num_steps <= curve.num_idle < curve.num_steps:
+        return Skip(
+            "idle updates", "the updates grow with the gradients, or no step could be tried, so the rate says nothing"
+        )
+    num_seen = curve.num_steps - curve.start
+    if not 0.1 * num_seen <= curve.num_idle < num_seen:
         return None
     least = ulp(curve.typical_weight, curve.dtype) / 2
     return Judgement(
-        f"in {curve.num_idle:,} of {curve.num_steps:,} steps the rate is too small to move a weight of"
+        f"in {curve.num_idle:,} of {num_seen:,} steps the rate{curve.whose} is too small to move a weight of"
         f" {curve.typical_weight:.3g} in {curve.dtype}",
         evidence={"num_idle": curve.num_idle, "least_rate": least, "peak_rate": curve.peak},
         notes=("an update of the size of the rate is lost where it is below half the distance to the next number",),

@@ -28,7 +28,8 @@ def _judge(curve: ScheduleCurve) -> Judgement | Skip | None:
     if not 0 < rates[-1] < curve.given_lr / 2:
         return None
     return Judgement(
-        f"after {curve.num_steps:,} steps the rate is {rates[-1]:.3g} and still rising to {curve.given_lr:g}",
+        f"after {curve.num_steps:,} steps the rate{curve.whose} is {rates[-1]:.3g} and still rising"
+        f" to {curve.given_lr:g}",
         evidence={"last_rate": rates[-1], "given_rate": curve.given_lr, "share": rates[-1] / curve.given_lr},
         help=("shorten the warm-up to a few percent of the planned steps",),
         location=Location("optimizer", step=curve.num_steps - 1),

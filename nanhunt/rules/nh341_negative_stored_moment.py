@@ -1,7 +1,8 @@
 """negative-stored-moment: a mean of squares in the optimizer's state is below zero.
 
 What it does:
-    Looks for negative elements in ``exp_avg_sq``, ``max_exp_avg_sq``, ``square_avg``, ``sum`` and their like.
+    Looks for negative elements in ``exp_avg_sq``, ``max_exp_avg_sq`` and ``square_avg``, and in ``sum``, ``acc_delta``
+    and others where the settings of the groups are those of the optimizer of torch that keeps squares under this name.
 
 Why it matters:
     The optimizer takes the root of it: the update is NaN. Squares are never negative, so something else wrote it:

@@ -12,7 +12,9 @@ Use instead:
     Save and load ``optimizer.state_dict()`` with the weights; else warm up again.
 
 Known limits:
-    Parameters of which nobody knows whether they get a gradient are not counted: unused ones never have state.
+    A part that gets its first gradient in the batch of the audit, such as an expert that was not used before, looks the
+    same as one whose state was lost. Parameters of which nobody knows whether they get a gradient are not counted:
+    unused ones never have state.
 """
 
 from nanhunt.findings import Location
@@ -35,9 +37,17 @@ def _judge(state: StoredState) -> Judgement | None:
     return Judgement(
         f"{count(len(state.without), 'parameter')} with a gradient and without state, beside {state.num_with_state:,}"
         " that have some",
-        evidence={"num_without": len(state.without), "first": some(state.without)},
-        notes=("their moments begin at 0, and their first update has the full size of the rate",),
-        help=("check that the state was restored for all groups",),
+        evidence={
+            "num_without": len(state.without),
+            "num_with_state": state.num_with_state,
+            "num_parameters": state.num_parameters,
+            "first": some(state.without),
+        },
+        notes=(
+            "their moments begin at 0, and their first update has the full size of the rate",
+            "parameters that had no gradient in any step so far, as an expert that was not used, look the same",
+        ),
+        help=("if they were trained before, check that the state was restored for all groups",),
         location=Location("optimizer", tensor=state.without[0]),
     )
 

@@ -140,6 +140,85 @@ def test_a_schedule_of_another_optimizer_is_found():
     assert codes(report) == ["NH336"]
 
 
+# Schedules under way, of some groups, and of no rate
+
+
+def warmup_then_cosine(optimizer, steps=300, total=3000):
+    parts = [
+        lr_scheduler.LinearLR(optimizer, 1e-3, 1.0, steps),
+        lr_scheduler.CosineAnnealingLR(optimizer, total - steps),
+    ]
+    return lr_scheduler.SequentialLR(optimizer, parts, [steps])
+
+
+@pytest.mark.parametrize(("taken", "said", "expected"), [(200, 300, []), (200, 100, ["NH333"]), (500, 300, [])])
+def test_a_schedule_under_way_is_judged_from_where_it_stands(taken, said, expected):
+    model, optimizer = adam()
+    scheduler = warmup_then_cosine(optimizer)
+    for _ in range(taken):
+        optimizer.step()
+        scheduler.step()
+    report = nanhunt.audit_optimizer(model, optimizer, scheduler=scheduler, num_steps=3000, warmup_steps=said)
+    assert codes(report) == expected
+    assert any("under way at step" in skip.reason for skip in report.skips)
+    (curve,) = (table for table in report.tables if table.title == "learning rate")
+    assert curve.note == f"3,000 steps (planned, from step {taken} on)"
+    if expected:
+        assert finding(report, "NH333").evidence["measured"] == 300
+
+
+def two_groups(first, second):
+    model = Perceptron()
+    groups = [{"params": model.seq.parameters()}, {"params": model.dbnet.parameters()}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
+    return model, optimizer, lr_scheduler.LambdaLR(optimizer, [first, second])
+
+
+def rising(step):
+    return min(1.0, (step + 1) / 200)
+
+
+def test_every_group_is_judged_whose_curve_has_another_shape():
+    model, optimizer, scheduler = two_groups(rising, lambda step: 1.0)
+    report = nanhunt.audit_optimizer(model, optimizer, scheduler=scheduler, num_steps=5000, warmup_steps=200)
+    assert codes(report) == ["NH332"]
+    assert finding(report, "NH332").message.startswith("the first update in group 1 runs at 0.001")
+    model, optimizer, scheduler = two_groups(rising, lambda step: 0.1 * rising(step))
+    assert codes(nanhunt.audit_optimizer(model, optimizer, scheduler=scheduler, num_steps=5000, warmup_steps=200)) == []
+
+
+def test_a_group_that_was_added_after_the_schedule_is_found():
+    model = Perceptron()
+    optimizer = torch.optim.Adam(model.seq.parameters())
+    scheduler = warmup(optimizer, 100)
+    optimizer.add_param_group({"params": model.dbnet.parameters()})
+    report = nanhunt.audit_optimizer(model, optimizer, scheduler=scheduler, num_steps=1000, warmup_steps=100)
+    assert codes(report) == ["NH348"]
+    optimizer.step()
+    with pytest.raises(ValueError, match="zip") as caught:
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-5, 1e-3]
+    assert finding(report, "NH348").notes == (f"its next step raises ValueError: {caught.value}",)
+
+
+@pytest.mark.parametrize("num_steps", [None, 5000])
+def test_a_schedule_that_is_0_everywhere_is_found(num_steps):
+    model, optimizer = adam()
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    report = nanhunt.audit_optimizer(model, optimizer, scheduler=scheduler, num_steps=num_steps, warmup_steps=100)
+    assert codes(report) == ["NH347"]
+    assert f"is 0 in each of {num_steps or 10_000:,} steps, by the LambdaLR" in finding(report, "NH347").message
+
+
+def test_a_rate_of_0_without_a_schedule_is_found_unless_a_schedule_has_left_its_mark():
+    model, optimizer = adam(0.0)
+    assert codes(nanhunt.audit_optimizer(model, optimizer)) == ["NH347"]
+    model, optimizer = adam()
+    lr_scheduler.LambdaLR(optimizer, lambda step: step / 100)
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert codes(nanhunt.audit_optimizer(model, optimizer)) == []
+
+
 # Clipping
 
 
