@@ -15,35 +15,25 @@ NOTE on how a fault is followed.
    the operation's own birth.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from nanhunt.observe.call import Call, Here, Origin, Places
-from nanhunt.observe.collectives import ends_collective, note_received, origin_of_received, sent
-from nanhunt.observe.finite import (
-    can_hold_nonfinite,
-    first_nonfinite,
-    is_finite,
-    nonfinite_kinds,
-    unreadable_kind,
-    value_facts,
-)
-from nanhunt.observe.journal import Journal
-from nanhunt.observe.memory import NO_BIRTHS, Memory, storage_key
+from nanhunt.observe.collectives import ends_collective, note_received, sent
+from nanhunt.observe.finite import can_hold_nonfinite, is_finite, nonfinite_kinds, unreadable_kind, value_facts
+from nanhunt.observe.memory import NO_BIRTHS, storage_key
 from nanhunt.observe.op_info import OpTraits, has_nonfinite_number, is_deliberate, is_log_of_mask, tensors_in, written
-from nanhunt.observe.origins import looks_like_mask, spread_of
-from nanhunt.observe.written_over import was_nonfinite_before
-from nanhunt.records.ops import OpRecord, Sink, SourceLine, StateSource, ValueFacts
+from nanhunt.observe.sources import STATE, Sources
+from nanhunt.records.ops import OpRecord, Sink, ValueFacts
 
-# Their values are seen where the inner operations, or the first forward pass, make them.
-_SEEN_LATER = ("tensor of torch.func", "lazy parameter")
-_STATE = ("buffer", "parameter", "optimizer state")
+# What takes -inf for the logarithm of 0, and what makes one number of many, so that -inf is not that any more.
+_IN_LOG_SPACE = ("softmax", "attention", "logsumexp", "logaddexp", "logcumsumexp")
+_CONTRACTIONS = ("mm", "mv", "dot", "linear", "conv", "addr", "cdist")
 
 
-class Ledger(Journal):
+class Ledger(Sources):
     """Follows non-finite values through the operations it is shown.
 
     Args:
@@ -51,7 +41,6 @@ class Ledger(Journal):
         origin: Says what a tensor is that no traced operation wrote.
 
     Attributes:
-        memory: The storages that may hold non-finite values.
         read_numbers: The non-finite loss that was last read as a number; who reads it may end the step over it.
         held: Sinks that count only if a ``GradScaler`` does not get over them.
         is_scaling: Whether the loss is just being multiplied by its scale.
@@ -62,20 +51,14 @@ class Ledger(Journal):
     """
 
     def __init__(self, places: Places, origin: Callable[[Tensor], Origin]) -> None:
-        super().__init__(places)
-        self.memory = Memory()
+        super().__init__(places, origin)
         self.read_numbers: dict[str, Sink] = {}
         self.held: list[Sink] = []
         self.is_scaling = self.is_scaled = False
         self.scaling: set[int] = set()
         self.fed: set[int] = set()
         self.sent: list[Sink] = []
-        self._origin = origin
-        self._numbers: frozenset[int] = NO_BIRTHS
-        self._unused: set[int] = set()
-        self._first_reads: dict[int, tuple[SourceLine | None, int, int]] = {}
-        self._deliberate: set[int] = set()
-        self._log_masks: set[int] = set()
+        self._numbers = self._with_nan = NO_BIRTHS
 
     # Before and after an operation.
 
@@ -85,6 +68,7 @@ class Ledger(Journal):
         call = Call(index, traits, args, kwargs, inputs, written(traits, args, kwargs))
         unread = {id(tensor) for tensor in call.written} if traits.overwrites else set()
         tainted = self.memory.tainted
+        self._with_nan = NO_BIRTHS
         for tensor in inputs:
             state = tainted.get(storage_key(tensor)) if tainted else None
             if state is not None and id(tensor) not in unread:
@@ -101,31 +85,12 @@ class Ledger(Journal):
         call.taint |= births
         call.saw_nan |= has_nan
         call.saw_inf |= has_inf
+        self._with_nan |= births if has_nan else NO_BIRTHS
         if call.traits.name == "_local_scalar_dense":
             self._numbers = births - self._deliberate
         if tensor.requires_grad and tensor.numel() == 1 and not births <= self._deliberate:
             # Perhaps the loss; who reads it as a number may end the step over it.
             self.read_numbers["loss"] = Sink("loss", "loss", value_facts(tensor), tuple(sorted(births)))
-
-    def _note_use(self, call: Call, *, is_harmful: bool) -> None:
-        """What was non-finite before the step does harm where it is read.
-
-        An optimizer reads all of a table of which the model reads a row; the first read by the model says more then.
-        """
-        used = call.taint & self._unused
-        if not used:
-            return
-        here = self._places.here()
-        for index in used:
-            first = self._first_reads.setdefault(index, (here.source, self.step, self.micro_step))
-            now = first if here.phase == "optimizer" else (here.source, self.step, self.micro_step)
-            if is_harmful:
-                source, step, micro_step = now
-                self.sources[-1 - index] = replace(
-                    self.sources[-1 - index], source=source, step=step, micro_step=micro_step
-                )
-        if is_harmful:
-            self._unused -= used
 
     def after(self, call: Call, output: Any) -> bool:
         """Looks at the results; tells whether a non-finite value was found among them."""
@@ -161,7 +126,8 @@ class Ledger(Journal):
         if reason is not None:
             self.skipped[reason] += 1
             return False
-        if call.written and self.memory.unwritten:
+        is_read_first = call.written and not call.traits.overwrites
+        if call.written and self.memory.unwritten and not (is_read_first and can_hold_nonfinite(tensor)):
             self.memory.note_written(tensor)
         if not can_hold_nonfinite(tensor):
             if call.taint and "linalg" in call.traits.name:
@@ -170,6 +136,7 @@ class Ledger(Journal):
             return False
         if is_finite(tensor):
             self.memory.clean(tensor)
+            self.memory.note_written(tensor)
             return False
         return True
 
@@ -194,7 +161,9 @@ class Ledger(Journal):
         deliberate = here.phase != "optimizer" and is_constant
         if self.is_scaling and not explained:
             self.scaling.add(call.index)
-        births = call.taint if explained else self._births_with(call, makes_nan=makes_nan)
+        if any(part in call.traits.name for part in _CONTRACTIONS):
+            self._log_masks -= {birth for birth in call.taint if birth < 0}
+        births = self._births_with(call, here, makes_nan=makes_nan, explained=explained)
         if not explained and deliberate:
             self._deliberate.add(call.index)
         elif not explained and is_log_of_mask(call.traits.name, call.args):
@@ -205,117 +174,18 @@ class Ledger(Journal):
         facts = () if explained or deliberate else tuple(value_facts(tensor) for tensor in bad)
         self._record(call, "propagate" if explained else "birth", facts, here, deliberate=deliberate)
 
-    def _births_with(self, call: Call, *, makes_nan: bool) -> frozenset[int]:
-        """The births that travel on from a birth (rule 5 of the NOTE)."""
+    def _births_with(self, call: Call, here: Here, *, makes_nan: bool, explained: bool) -> frozenset[int]:
+        """The births that travel on, from a birth by rule 5 of the NOTE."""
+        if explained:
+            # What holds nothing but -inf has no part in the NaN of another input.
+            return call.taint - (self._log_masks - self._with_nan) if makes_nan and self._with_nan else call.taint
         ingredients: set[int] = set()
         if makes_nan:
             ingredients |= self._deliberate
-            if "softmax" in call.traits.name or "attention" in call.traits.name:
+            names = f"{call.traits.name} {here.forward_op or ''}"
+            if any(part in names for part in _IN_LOG_SPACE):
                 ingredients |= self._log_masks
         return (call.taint - ingredients) | {call.index}
-
-    def _find_unseen_sources(self, call: Call, bad: Sequence[Tensor], *, makes_nan: bool) -> bool:
-        """Whether an input holds non-finite values that no traced operation wrote, and that explain the result."""
-        overwritten = {storage_key(tensor) for tensor in call.written}
-        seen = call.taint
-        for tensor in call.inputs:
-            key = storage_key(tensor)
-            if key in self.memory.tainted or unreadable_kind(tensor):
-                continue
-            if key in overwritten:
-                # The operation has destroyed the evidence; what is left of it may still tell.
-                if was_nonfinite_before(call.traits.name, tensor, call.args, call.kwargs, makes_nan=makes_nan):
-                    self._add_found(call, tensor, *nonfinite_kinds(tensor))
-            elif not is_finite(tensor):
-                self._add_found(call, tensor, *nonfinite_kinds(tensor))
-        if call.taint == seen:
-            return False
-        return call.saw_nan if makes_nan else True
-
-    def _add_found(self, call: Call, tensor: Tensor, has_nan: bool, has_inf: bool) -> None:
-        """A source that is met at its first use."""
-        key = storage_key(tensor)
-        here = self._places.here()
-        op = ""
-        if key in self.memory.unwritten:
-            site = self.memory.unwritten[key][1]
-            origin, op = Origin("uninitialised memory", module=site.module), site.op
-            here = self._places.seen_from(site)
-        elif key in self.memory.received:
-            site = self.memory.received[key][1]
-            origin, op = origin_of_received(site, call.traits.full_name), site.op
-            here = self._places.seen_from(site)
-        else:
-            origin = self._origin(tensor)
-            if call.traits.name == "copy_" and call.written and tensor is not call.written[0]:
-                # Loading a checkpoint: what the values are is told by where they go.
-                target = self._origin(call.written[0])
-                origin = target if target.kind in _STATE else origin
-        births = self._add_source(origin, tensor, here, call.index, op)
-        if here.between:
-            self._prepared |= births
-        if call.traits.renames:
-            # Numbers that have just become a tensor: their first use is still to come.
-            self._unused |= births
-        call.taint |= births
-        call.saw_nan |= has_nan
-        call.saw_inf |= has_inf
-
-    # What is looked at between the operations.
-
-    def declare(self, origin: Origin, tensor: Tensor, here: Here | None = None, found_at: int = -1) -> None:
-        """Looks at a tensor that exists before the step; a non-finite one becomes a source."""
-        reason = unreadable_kind(tensor)
-        if reason is not None:
-            if reason not in _SEEN_LATER:
-                self.skipped[reason] += 1
-        elif not is_finite(tensor) and not self.memory.births_of(tensor):
-            self._unused |= self._add_source(origin, tensor, here, found_at)
-
-    def declare_received(self, tensor: Tensor) -> None:
-        """Looks at a tensor that a collective may have written, now that it must have ended."""
-        site = self.memory.received_at(tensor)
-        if site is not None and not self.memory.births_of(tensor) and not is_finite(tensor):
-            here = self._places.seen_from(site)
-            self._add_source(origin_of_received(site, ""), tensor, here, site.index, site.op)
-
-    def declare_result(self, origin: Origin, tensor: Tensor, causes: Iterable[Tensor]) -> None:
-        """Looks at a tensor that something outside the trace computed from traced tensors."""
-        births = NO_BIRTHS.union(*(self.memory.births_of(cause) for cause in causes if not is_finite(cause)))
-        births -= self._deliberate
-        if not births:
-            self.declare(origin, tensor)
-        elif not is_finite(tensor):
-            self.memory.taint(tensor, births)
-
-    def _add_source(
-        self, origin: Origin, tensor: Tensor, here: Here | None, found_at: int, op: str = ""
-    ) -> frozenset[int]:
-        index, facts = -1 - len(self.sources), value_facts(tensor)
-        is_mask = looks_like_mask(origin, facts)
-        source = StateSource(
-            index,
-            origin.kind,
-            origin.name,
-            facts,
-            first_nonfinite(tensor),
-            module=origin.module,
-            source=here.source if here is not None else None,
-            op=op,
-            found_at=found_at,
-            deliberate=is_mask,
-            step=self.step,
-            micro_step=self.micro_step,
-            phase=origin.phase,
-            spread=spread_of(tensor) if origin.kind == "batch" else None,
-        )
-        self.sources.append(source)
-        births = frozenset({index})
-        state = self.memory.taint(tensor, births)
-        state.own |= births
-        if is_mask:
-            self._deliberate.add(index)
-        return births
 
     def reached(self, kind: Any, name: str, tensor: Tensor) -> bool:
         """Looks at a place where a non-finite value does harm, and notes which births arrived there.
@@ -329,10 +199,10 @@ class Ledger(Journal):
         births = state.births if state is not None else NO_BIRTHS
         if births:
             births -= self._deliberate if kind in ("buffer", "output") else NO_BIRTHS
-            births -= state.own if state is not None and kind in _STATE else NO_BIRTHS
+            births -= state.own if state is not None and kind in STATE else NO_BIRTHS
             if not births:
                 return False
-        if kind in _STATE or kind == "output":
+        if kind in STATE or kind == "output":
             self.by_hand |= births - {birth for sink in self.sinks for birth in sink.births} - self.fed
         self.sinks.append(Sink(kind, name, value_facts(tensor), tuple(sorted(births))))
         return True

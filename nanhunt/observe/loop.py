@@ -21,15 +21,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from nanhunt.observe.exact import ExactTracer
+from nanhunt.observe.finite_state import look_before_step, note_step
 from nanhunt.observe.harm import Harm
 from nanhunt.observe.health import HealthProbe
 from nanhunt.observe.holders import holder_of, unwrapped
+from nanhunt.observe.inputs import declare_inputs
 from nanhunt.observe.op_info import speaks_of_values
-from nanhunt.observe.origins import role_of_input
 from nanhunt.observe.patches import Patches
 from nanhunt.observe.scaling import ScalingFollower, is_passed_over
 from nanhunt.observe.updates import UpdateProbe
-from nanhunt.observe.values import leaves_of, optimizer_tensors, own_parts, state_tensors, tensors_of
+from nanhunt.observe.values import leaves_of, optimizer_tensors, state_tensors, tensors_of
 from nanhunt.records.ops import Sink
 
 Outputs = Literal["auto", "always", "never"]
@@ -128,7 +129,7 @@ class LoopFollower(Harm):
         if not self._tracer.path.knows(module) and next(module.parameters(), None) is not None:
             # A wrapper is the model to whoever calls it.
             self._meet(module, "" if is_model else f"<{type(module).__name__}>")
-        self._declare_inputs(module, args, kwargs)
+        declare_inputs(self._tracer, module, args, kwargs)
         if is_model:
             self._is_entered = True
             self._tracer.places.note_driver()
@@ -141,14 +142,6 @@ class LoopFollower(Harm):
                     self._end_step()
                 self._evaluated.add(id(module))
             self._tracer.places.is_past_backward = self._tracer.places.has_stepped = False
-
-    def _declare_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        named = [(f"{position}{role_of_input(module, position)}", value) for position, value in enumerate(args)]
-        named += kwargs.items()
-        tensors = [(f"input {name}", leaf) for name, value in named for leaf in tensors_of(value)]
-        self._declare("batch", tensors)
-        if self._tracer.is_watchful:
-            self._ledger.fed.update(*(self._ledger.memory.births_of(tensor) for _, tensor in own_parts(tensors)))
 
     def _on_leave(self, module: nn.Module, output: Any) -> None:
         if self._tracer.is_suspicious and self._is_model(module):
@@ -286,6 +279,8 @@ class LoopFollower(Harm):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._tracer.guarded(self._meet_optimizer, optimizer)
+        if not self._tracer.is_passive:
+            self._tracer.guarded(self._look_at_state, optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._tracer.guarded(self._confirm_gradients, optimizer)
@@ -315,6 +310,12 @@ class LoopFollower(Harm):
 
     def _declare_state(self, optimizer: Optimizer) -> None:
         self._declare("optimizer state", optimizer_tensors(self.model, optimizer))
+
+    def _look_at_state(self, optimizer: Optimizer) -> None:
+        """State that is new, or that something outside the trace has changed, is declared as in the first step."""
+        bad = {id(tensor) for tensor in look_before_step(self._ledger.memory, optimizer)}
+        if bad:
+            self._declare("optimizer state", [n for n in optimizer_tensors(self.model, optimizer) if id(n[1]) in bad])
 
     def _confirm_gradients(self, optimizer: Optimizer) -> None:
         """Rule 1: the optimizer takes the gradients as they are."""
@@ -355,6 +356,7 @@ class LoopFollower(Harm):
                 names = self.names_of(optimizer)
                 self._tracer.guarded(self.updates.after_step, optimizer, names, self._ledger.step)
             self._health.after_optimizer_step(optimizer, self.names_of(optimizer))
+        note_step(self._ledger.memory, optimizer)
         self._scaling.note_step(optimizer)
         if optimizer is self._main:
             self._end_step()

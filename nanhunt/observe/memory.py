@@ -41,6 +41,7 @@ class Memory:
         tainted: Storages with births, by their identity. A weak reference keeps the identity from being used again.
         unwritten: Storages that came from ``empty`` and were not yet written from end to end, and where that was.
         received: Storages that a collective wrote, so that their values may come from another process.
+        finite: Storages of state that was found finite, and the version up to which all that wrote to it was looked at.
         last_received: Where the last collective of the running backward pass was.
     """
 
@@ -48,6 +49,7 @@ class Memory:
         self.tainted: dict[int, Storage] = {}
         self.unwritten: dict[int, tuple[StorageWeakRef, Any]] = {}
         self.received: dict[int, tuple[StorageWeakRef, Any]] = {}
+        self.finite: dict[int, tuple[StorageWeakRef, int]] = {}
         self.last_received: Any = None
 
     def find(self, tensor: Tensor) -> Storage | None:
@@ -119,11 +121,36 @@ class Memory:
             del self.unwritten[key]
         return True
 
+    def note_finite(self, tensor: Tensor) -> None:
+        """Notes that all that the tensor's memory holds was looked at, if the tensor is the whole of it."""
+        if not tensor.is_inference() and covers_storage(tensor):
+            reference = _reference(tensor)
+            self.finite[reference.cdata] = (reference, tensor._version)
+
+    def is_known_finite(self, tensor: Tensor) -> bool:
+        """Whether it was found finite, and only operations that are looked at can have written to it since."""
+        key = storage_key(tensor)
+        return key in self.finite and key not in self.received and key not in self.tainted
+
+    def is_changed(self, tensor: Tensor) -> bool:
+        """Whether something has written to it since it was found finite; true of what never was."""
+        key = stored_values(tensor).untyped_storage()._cdata
+        known = self.finite.get(key)
+        return (known is None or known[1] != tensor._version) and key not in self.tainted
+
+    def note_version(self, tensor: Tensor) -> None:
+        """Notes that whatever has written to it was looked at."""
+        key = stored_values(tensor).untyped_storage()._cdata
+        known = self.finite.get(key)
+        if known is not None:
+            self.finite[key] = (known[0], tensor._version)
+
     def purge(self) -> None:
         """Forgets memory that is gone, so that a long trace stays small."""
         self.tainted = {key: state for key, state in self.tainted.items() if not state.ref.expired()}
         self.unwritten = _alive(self.unwritten)
         self.received = _alive(self.received)
+        self.finite = _alive(self.finite)
 
     def _remember(self, known: dict[int, tuple[StorageWeakRef, Any]], tensor: Tensor, where: Any) -> None:
         if unreadable_kind(tensor) is not None or not tensor.numel():

@@ -14,7 +14,7 @@ from nanhunt.observe.call import Origin
 from nanhunt.observe.finite import unreadable_kind
 from nanhunt.observe.memory import storage_key
 from nanhunt.observe.source import is_users_code
-from nanhunt.records.labels import is_label
+from nanhunt.records.labels import is_label, is_loss_weight
 from nanhunt.records.ops import Spread, ValueFacts
 
 MAX_FRAMES = 30
@@ -23,8 +23,9 @@ MAX_FRAMES = 30
 MAX_SLICES = 8
 """Slices named one by one that are non-finite throughout."""
 
-# What torch's own losses call what is not the prediction.
-_LOSS_ARGUMENTS = ("target", "weight", "pos_weight")
+LOSS_ARGUMENTS = ("target", "weight", "pos_weight")
+"""What torch's own losses call what is not the prediction."""
+
 _LOSSES = "torch.nn.functional"
 
 
@@ -99,18 +100,8 @@ def _role_in_loss(wanted: int, frame: FrameType) -> str:
     name = frame.f_code.co_name
     if frame.f_globals.get("__name__") != _LOSSES or not name.endswith(("loss", "entropy", "logits")):
         return ""
-    arguments = [argument for argument in _LOSS_ARGUMENTS if _is_same(frame.f_locals.get(argument), wanted)]
+    arguments = [argument for argument in LOSS_ARGUMENTS if _is_same(frame.f_locals.get(argument), wanted)]
     return f"{arguments[0]} of {name}" if arguments else ""
-
-
-def role_of_input(module: nn.Module, position: int) -> str:
-    """`` (target of MSELoss)`` where the argument at this position of its forward is called so; else nothing."""
-    code = getattr(type(module).forward, "__code__", None)
-    names = code.co_varnames[1 : code.co_argcount] if code is not None else ()
-    name = names[position] if position < len(names) else ""
-    kind = type(module).__name__
-    is_telling = is_label(name) or (name in _LOSS_ARGUMENTS and kind.endswith("Loss"))
-    return f" ({name} of {kind})" if is_telling else ""
 
 
 def spread_of(tensor: Tensor) -> Spread | None:
@@ -164,3 +155,13 @@ def looks_like_mask(origin: Origin, facts: ValueFacts) -> bool:
     is_table = origin.kind in ("buffer", "constant", "module attribute") and len(facts.shape) > 1
     is_table = is_table and facts.shape[-1] == facts.shape[-2]
     return is_table and facts.num_neginf >= facts.num_elements / 5
+
+
+def looks_like_log_table(origin: Origin, facts: ValueFacts) -> bool:
+    """Whether data may be a table of logarithms or a mask with other numbers in it: all of its bad values are -inf.
+
+    Which of the two it is, or a value of the data that was lost, is told by what reads it.
+    """
+    if origin.kind != "batch" or is_label(origin.name) or is_loss_weight(origin.name):
+        return False
+    return facts.num_neginf == facts.num_nonfinite < facts.num_elements

@@ -1,5 +1,6 @@
 """Whether memory that an operation has written over was non-finite before it."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from nanhunt.observe.finite import is_finite, stored_values
 
 # From finite values these make an overflow at worst, never NaN.
 _NEVER_NAN = ("add_", "sub_", "mul_", "addcmul_", "lerp_", "square_", "neg_", "relu_", "index_add_", "scatter_add_")
+ONLY_MOVE = (
+    *("index_put_", "_index_put_impl_", "index_copy_", "index_fill_", "scatter_", "masked_fill_", "masked_scatter_"),
+    "put_",
+)
+"""Of finite values these write none that is not; what they do not write to stays as it was."""
 _SMALL = 1e18
 """Values whose product or sum cannot overflow float32."""
 
@@ -25,11 +31,13 @@ def was_nonfinite_before(name: str, result: Tensor, args: Any, kwargs: Any, *, m
         makes_nan: Whether NaN is among its results.
 
     Returns:
-        True where finite values could not have given the result: NaN out of a sum or a product of finite numbers, or
-        infinity where everything finite around it is small.
+        True where finite values could not have given the result: anything out of finite values that are only moved, NaN
+        out of a sum or a product of finite numbers, or infinity where everything finite around it is small.
     """
     plain = name.removeprefix("_foreach_")
     leaves = tree_leaves((args, kwargs))
+    if plain in ONLY_MOVE:
+        return _is_plain_move(leaves)
     numbers = [leaf for leaf in leaves if isinstance(leaf, int | float)]
     if plain not in _NEVER_NAN or is_finite(result) or not all(abs(number) < _SMALL for number in numbers):
         return False
@@ -44,3 +52,9 @@ def was_nonfinite_before(name: str, result: Tensor, args: Any, kwargs: Any, *, m
     return values.dtype in (torch.float32, torch.float64, torch.bfloat16) and all(
         float(stored_values(other).abs().max()) < _SMALL for other in others
     )
+
+
+def _is_plain_move(leaves: list[Any]) -> bool:
+    """Whether nothing is summed or multiplied on the way, and no number that is put there is non-finite itself."""
+    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
+    return not any(isinstance(leaf, str) or leaf is True for leaf in leaves) and all(map(math.isfinite, numbers))

@@ -33,12 +33,14 @@ class WeightHistory:
         parameter: Its name.
         dtype: Its type.
         samples: By step, without gaps.
+        maximizes: Whether its group goes up the gradient instead of down.
     """
 
     optimizer: str
     parameter: str
     dtype: str
     samples: tuple[WeightSample, ...]
+    maximizes: bool = False
 
     def before(self, step: int) -> tuple[WeightSample, ...]:
         """The last samples in a row that are finite and were complete when this step began."""

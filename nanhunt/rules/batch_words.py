@@ -15,10 +15,9 @@ def batch_judgement(source: StateSource, help_text: str) -> Judgement:
         "num_nonfinite": source.facts.num_nonfinite,
         "first_position": list(source.first_index),
     }
-    if len(source.first_index) > 1:
-        evidence["sample"] = source.first_index[0]
     notes: tuple[str, ...] = ()
     if source.spread is not None and len(source.facts.shape) > 1:
+        evidence["sample"] = source.first_index[0]
         evidence["num_samples"] = source.spread.num_samples
         notes = tuple(_notes(source, source.spread))
     message = f"{name} holds {describe(source.facts)}, first at {list(source.first_index)}"

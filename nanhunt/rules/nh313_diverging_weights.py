@@ -12,7 +12,8 @@ Why it matters:
 
 Use instead:
     A smaller learning rate, a warm-up, or a clipped gradient norm. A plain gradient step diverges where the learning
-    rate is above 2 over the curvature of the loss: the growth is then much the same factor in every step.
+    rate is above 2 over the curvature of the loss: the growth is then much the same factor in every step. With
+    ``maximize=True`` any rate does it to a loss: check the sign.
 
 Known limits:
     Updates that are made without an optimizer are not seen, nor is a divergence slower than a fifth per step, nor one
@@ -32,6 +33,7 @@ def _judgement(growth: Growth) -> Judgement:
     first, last = growth.samples[0], growth.samples[-1]
     at = f" at lr={last.lr:g}" if last.lr is not None else ""
     rates = [sample.lr for sample in growth.samples[1:] if sample.lr is not None]
+    maximizes = growth.history.maximizes
     is_rising = bool(rates) and rates[-1] > min(rates)
     return Judgement(
         f"{growth.text}, {growth.factor:.3g}-fold in each on average{at}",
@@ -47,8 +49,13 @@ def _judgement(growth: Growth) -> Judgement:
         notes=(
             "every loss until then was finite; the operation is only where the size became too much",
             *(("the learning rate was rising at the same time",) if is_rising else ()),
+            *(("maximize=True: each step goes up the gradient, so that a loss grows",) if maximizes else ()),
         ),
-        help=(f"lower the learning rate of {growth.history.optimizer}, or warm it up", "clip the gradient norm"),
+        help=(
+            *(("use maximize=False if this is a loss, or give the step its negative",) if maximizes else ()),
+            f"lower the learning rate of {growth.history.optimizer}, or warm it up",
+            "clip the gradient norm",
+        ),
     )
 
 

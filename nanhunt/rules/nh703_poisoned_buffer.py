@@ -9,13 +9,14 @@ Why it matters:
     gives NaN ever after.
 
 Use instead:
-    Go back to a checkpoint that holds a finite buffer, or ``reset_running_stats()`` and some healthy batches in
-    training mode. Weights need not be touched.
+    For running statistics a checkpoint that holds finite ones, or ``reset_running_stats()`` and some healthy batches in
+    training mode; weights need not be touched. A buffer that is computed once, such as ``1 / arange(n)``, is wrong from
+    the start: compute it so that it is finite.
 """
 
 from nanhunt.records.ops import StateSource, ValueFacts
 from nanhunt.rules.registry import Case, Judgement, Rule
-from nanhunt.rules.state_words import is_of, state_judgement
+from nanhunt.rules.state_words import SINCE, is_of, state_judgement
 
 
 def _judge(case: Case) -> Judgement | None:
@@ -23,7 +24,7 @@ def _judge(case: Case) -> Judgement | None:
     if source is None:
         return None
     is_running = source.name.rpartition(".")[2] in ("running_mean", "running_var")
-    notes = ["it was there before this step: an earlier one wrote it, or it came with a checkpoint"]
+    notes = [SINCE]
     if is_running:
         notes.append("training normalises by the batch and stays finite; evaluation reads this buffer")
     return state_judgement(
@@ -33,7 +34,7 @@ def _judge(case: Case) -> Judgement | None:
         notes=notes,
         help_text="reset_running_stats(), and look for the batch that did it"
         if is_running
-        else "look at what writes it, or go back to a checkpoint in which it is finite",
+        else "look at how it is computed when the model is built, and at what a checkpoint or a step writes to it",
     )
 
 

@@ -1,7 +1,8 @@
 """poisoned-optimizer-state: a moment of the optimizer was NaN or infinite before the step began.
 
 What it does:
-    Looks at the optimizer's state before its first step inside the trace.
+    Looks at the optimizer's state before its first step inside the trace, and later at what something other than a
+    step has written.
 
 Why it matters:
     Weights and batch are finite, and the step makes the weights NaN all the same: momentum is added to the gradient.
@@ -23,7 +24,7 @@ def _judge(case: Case) -> Judgement | None:
         return None
     weights = others_of(case, "parameter")
     notes = [
-        "it was there before this step: an earlier one wrote it, or it came with a checkpoint",
+        "it was there before this step: it was loaded so, or something outside the traced steps wrote it",
         f"{weights} non-finite as well" if weights else "the weights were finite until the optimizer used it",
     ]
     return state_judgement(
@@ -31,7 +32,7 @@ def _judge(case: Case) -> Judgement | None:
         source,
         when="before the step",
         notes=notes,
-        help_text="restore the optimizer's state together with the weights, from a checkpoint in which both are finite",
+        help_text="restore the optimizer's state with the weights, both finite, or make a new optimizer",
     )
 
 

@@ -9,6 +9,9 @@ from nanhunt.rules.registry import Case, Judgement
 
 _SHOWN = 3
 
+SINCE = "it was there when it was first looked at: made so at construction, loaded so, or written so by an earlier step"
+"""Where state that no traced operation wrote may have its values from."""
+
 
 def state_judgement(case: Case, source: StateSource, *, when: str, notes: Iterable[str], help_text: str) -> Judgement:
     """What is there and since when, and what else of its kind is."""
