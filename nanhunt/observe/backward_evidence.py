@@ -20,6 +20,7 @@ from torch import Tensor
 from nanhunt.numerics import LIMITS
 from nanhunt.observe.finite import can_hold_nonfinite, is_finite, unreadable_kind, value_facts
 from nanhunt.observe.op_info import FocusedOp
+from nanhunt.observe.saved import saved
 from nanhunt.observe.source import SKIPPED, is_users_function, kind_of, place_in_backward
 from nanhunt.records.evidence import BackwardEvidence, OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, StateSource, Trace
@@ -166,7 +167,7 @@ def _saved(node: Any) -> dict[str, Any]:
     for name in dir(node) if node is not None and getattr(node, "_forward_cls", None) is None else ():
         if name.startswith("_saved_"):
             try:
-                held[name.removeprefix("_saved_")] = getattr(node, name)
+                held[name.removeprefix("_saved_")] = saved(node, name.removeprefix("_saved_"))
             except RuntimeError:
                 continue
     return held

@@ -13,6 +13,7 @@ from nanhunt.observe.finite import is_finite, unreadable_kind, value_facts
 from nanhunt.observe.op_info import FocusedOp, tensors_in
 from nanhunt.observe.producers import producers
 from nanhunt.observe.recomputed import recomputed
+from nanhunt.observe.saved import saved
 from nanhunt.observe.singular import singular_matrices
 from nanhunt.records.evidence import OffenderEvidence, Operand, Spectrum
 from nanhunt.records.ops import OpRecord
@@ -93,10 +94,10 @@ def evidence_at_birth(call: Call, output: Any, record: OpRecord, node: Any) -> O
 def _saved_decomposition(forward_op: str | None, node: Any) -> FocusedOp | None:
     """The results of a decomposition that autograd saved for its backward pass."""
     names = _SAVED.get(forward_op or "")
-    if names is None or not all(hasattr(node, f"_saved_{name}") for name in names):
+    found = [saved(node, name) for name in names or ()]
+    if not found or any(value is None for value in found):
         return None
-    outputs = tuple(getattr(node, f"_saved_{name}").detach() for name in names)
-    return FocusedOp(forward_op or "", (), (), {}, outputs)
+    return FocusedOp(forward_op or "", (), (), {}, tuple(value.detach() for value in found))
 
 
 def _without(value: Any, gone: set[int]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanhunt.observe.saved import saved
 from nanhunt.records.evidence import Producer
 
 _MAX_NODES = 12
@@ -59,7 +60,7 @@ def _walk(node: Any, shape: tuple[int, ...], place: tuple[int, ...]) -> Iterator
             lost=_lost(node, name, inputs, place),
         )
         if name == "Where":
-            node = inputs[0 if bool(node._saved_condition.expand(shape)[place]) else 1]
+            node = inputs[0 if bool(saved(node, "condition").expand(shape)[place]) else 1]
         elif name in _KEEPS_ZERO or (name in _DIFFERENCES and sum(one is not None for one in inputs) == 1):
             node = next(one for one in inputs if one is not None)
         else:
@@ -84,9 +85,9 @@ def _bounds(node: Any, name: str, place: tuple[int, ...]) -> Iterator[tuple[str,
     """The bound of a clamp that holds at this element, as it was written and as the type stores it."""
     if name not in ("Clamp", "ClampMin", "ClampMax"):
         return
-    given = node._saved_self[place]
+    given = saved(node, "self")[place]
     for bound in ("min", "max"):
-        number = getattr(node, f"_saved_{bound}", None)
+        number = saved(node, bound)
         if isinstance(number, float | int):
             stored = float(torch.tensor(number, dtype=given.dtype))
             if (float(given) <= stored) if bound == "min" else (float(given) >= stored):
@@ -99,7 +100,7 @@ def _lost(node: Any, name: str, inputs: list[Any], place: tuple[int, ...]) -> fl
     if name == "Mul":
         exact = _product(node, place)
     elif name == "ToCopy" and len(inputs) == 1 and inputs[0] is not None:
-        result = getattr(inputs[0], "_saved_result", None)
+        result = saved(inputs[0], "result")
         if isinstance(result, Tensor):
             exact = float(result[place])
         elif _name(inputs[0]) == "Mul" and _is_of_shape(inputs[0], tuple(node._input_metadata[0].shape)):
@@ -109,7 +110,7 @@ def _lost(node: Any, name: str, inputs: list[Any], place: tuple[int, ...]) -> fl
 
 def _start(name: str, inputs: list[Any], place: tuple[int, ...]) -> Iterator[tuple[str, float, float]]:
     """What a sum was before something without a gradient was added."""
-    known = [getattr(one, "_saved_result", None) for one in inputs if one is not None]
+    known = [saved(one, "result") for one in inputs if one is not None]
     if name == "Add" and len(known) == 1 and isinstance(known[0], Tensor):
         start = float(known[0][place])
         yield "start", start, start
@@ -121,7 +122,7 @@ def _terms(name: str, inputs: list[Any], shape: Place, place: Place) -> Iterator
         if one is None or not _is_of_shape(one, shape):
             continue
         if _name(one) == "Pow":
-            term = float(one._saved_self[place]) ** float(one._saved_exponent)
+            term = float(saved(one, "self")[place]) ** float(one._saved_exponent)
         else:
             term = _product(one, place) if _name(one) == "Mul" else None
         if term is not None:
@@ -187,9 +188,9 @@ def _sliced(node: Any, shape: Place, place: Place) -> tuple[Place, Place]:
 
 
 def _gathered(node: Any, shape: Place, place: Place) -> tuple[Place, Place]:
-    before = tuple(node._saved_self.shape)
+    before = tuple(saved(node, "self").shape)
     dim = _signed(node._saved_dim) % len(before)
-    return before, (*place[:dim], int(node._saved_index[place]), *place[dim + 1 :])
+    return before, (*place[:dim], int(saved(node, "index")[place]), *place[dim + 1 :])
 
 
 def _kept(node: Any, shape: Place, place: Place) -> tuple[Place, Place]:
@@ -215,7 +216,7 @@ _MOVES: dict[str, Callable[[Any, Place, Place], tuple[Place, Place]]] = {
 
 
 def _product(node: Any, place: tuple[int, ...]) -> float | None:
-    factors = [node._saved_self, node._saved_other]
+    factors = [saved(node, "self"), saved(node, "other")]
     if any(factor is None for factor in factors):
         return None
     shape = torch.broadcast_shapes(*(factor.shape for factor in factors))
