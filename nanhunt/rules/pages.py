@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from nanhunt.errors import NanhuntError
-from nanhunt.rules.registry import Rule, all_rules
+from nanhunt.rules.registry import Rule, all_rules, find_own_rule
 
 HEADINGS = (
     "What it does",
@@ -38,6 +38,9 @@ def find_rule(code: str) -> Rule:
     Raises:
         NanhuntError: If there is none.
     """
+    own = find_own_rule(code)
+    if own is not None:
+        return own
     for rule in all_rules():
         if code.upper() == rule.code.upper() or code == rule.name:
             return rule

@@ -130,8 +130,7 @@ def find_rules() -> Found:
     Raises:
         NanhuntError: If two rules have the same code.
     """
-    names = sorted(module.name for module in iter_modules(nanhunt.rules.__path__) if module.name.startswith("nh"))
-    rules = [import_module(f"nanhunt.rules.{name}").RULE for name in names]
+    rules = [_of_file(name) for name in _files()]
     unusable = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         try:
@@ -154,6 +153,27 @@ def find_rules() -> Found:
         modules = " and ".join(rule.module for rule in rules if rule.code == taken[0])
         raise NanhuntError(f"rule code {taken[0]} is taken twice: by {modules}")
     return Found(tuple(rules), tuple(unusable))
+
+
+def _files() -> list[str]:
+    return sorted(module.name for module in iter_modules(nanhunt.rules.__path__) if module.name.startswith("nh"))
+
+
+def _of_file(name: str) -> Rule:
+    rule: Rule = import_module(f"nanhunt.rules.{name}").RULE
+    return rule
+
+
+def find_own_rule(word: str) -> Rule | None:
+    """The rule of this folder with this code or name, without loading the others; None if there is none.
+
+    None as well where other packages add rules: only all of them together tell whether a code is taken twice.
+    """
+    if entry_points(group=GROUP):
+        return None
+    # A rule's code and name are those of its file.
+    wanted = word.lower().replace("-", "_")
+    return next((_of_file(name) for name in _files() if wanted in (name[:5], name[6:])), None)
 
 
 def all_rules() -> tuple[Rule, ...]:

@@ -95,3 +95,14 @@ def test_pages_are_written_and_those_of_rules_that_went_are_taken_away(tmp_path)
 def test_misuse_is_one_line():
     done = subprocess.run([sys.executable, "-m", "nanhunt.rules.write_pages"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "usage: python -m nanhunt.rules.write_pages FOLDER\n")
+
+
+def test_one_page_loads_one_rule():
+    lines = [
+        "import sys",
+        "from nanhunt.rules.pages import find_rule",
+        "print(find_rule('lost-update').code, find_rule('nh501').code)",
+        "print(sorted(name.rpartition('.')[2] for name in sys.modules if name.startswith('nanhunt.rules.nh')))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["NH304 NH501", "['nh304_lost_update', 'nh501_log_of_nonpositive']"]
