@@ -71,7 +71,7 @@ class Hunt:
             self._tracer.guarded(self._publish)
 
     def _publish(self) -> None:
-        self._ranks.publish(self._entry())
+        self._ranks.publish(self._entry(self._read_health()))
 
     def _origin(self, tensor: Tensor) -> Origin:
         models = [("", self._follower.model)] if self._follower.model is not None else []
@@ -88,9 +88,9 @@ class Hunt:
         """What was found: ``report.first`` is the first offender, or None when nothing is wrong."""
         trace = self._tracer.trace
         heard = self._ranks.heard()
-        findings, chain = joined(self._entry(), heard)
-        health = self._health.records() if self._health is not None else Health()
-        judged = judge_record(health)
+        health = self._read_health()
+        findings, chain = joined(self._entry(health), heard)
+        judged = judge_record(health or Health())
         findings = [*findings, *self._finite_trouble(judged.findings, findings)]
         return Report(
             title="traced loop",
@@ -100,10 +100,13 @@ class Hunt:
             verdict=_verdict(findings),
             skips=tuple(dict.fromkeys([*self._skips(trace, heard.reason), *judged.skips])),
             seconds=self._seconds,
-            magnitudes=_magnitudes(health),
+            magnitudes=_magnitudes(health) if health is not None else None,
         )
 
-    def _entry(self) -> Entry | None:
+    def _read_health(self) -> Health | None:
+        return self._health.records() if self._health is not None else None
+
+    def _entry(self, health: Health | None) -> Entry | None:
         """The first finding of this rank."""
         trace = self._tracer.trace
         offender = trace.first_offender
@@ -111,15 +114,14 @@ class Hunt:
             return None
         return Entry(
             rank=self._rank,
-            finding=self._finding(offender, trace),
+            finding=self._finding(offender, trace, health),
             is_received=isinstance(offender, StateSource) and offender.kind == "collective",
             index=offender.found_at if isinstance(offender, StateSource) else offender.index,
             chain=tuple(_chain(offender, trace)),
         )
 
-    def _finding(self, offender: OpRecord | StateSource, trace: Trace) -> Finding:
+    def _finding(self, offender: OpRecord | StateSource, trace: Trace, health: Health | None) -> Finding:
         evidence = with_consequence(self._tracer.evidence, offender, trace)
-        health = self._health.records() if self._health is not None else None
         updates = self._tracer.guarded(self._follower.updates.records)
         trace = replace(trace, updates=updates) if updates is not None else trace
         finding = judge(Case(offender, evidence, trace, offender.step, offender.micro_step, self._rank, health))

@@ -42,8 +42,11 @@ class Layout(NamedTuple):
         return self.valid_BT.sum(1, keepdim=True)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, (B, C), over what is not padding; 0 where there is nothing."""
-        number_B1 = self.num_valid_B1.clamp(min=1)  # an empty sample has sum 0, and mean 0 will do
+        """Mean and standard deviation of each channel, (B, C), over what is not padding; 0 where there is nothing.
+
+        The number of positions is clamped to at least 1: an empty sample has a sum of 0, and 0 / 0 is to be 0 here.
+        """
+        number_B1 = self.num_valid_B1.clamp(min=1)
         valid_B1T = self.valid_BT[:, None]
         mean_BC = (self.values_BCT * valid_B1T).sum(2) / number_B1
         square_BC = ((self.values_BCT - mean_BC[..., None]).square() * valid_B1T).sum(2) / number_B1

@@ -22,6 +22,7 @@ from nanhunt.observe.finite import can_hold_nonfinite, is_finite, unreadable_kin
 from nanhunt.observe.op_info import FocusedOp
 from nanhunt.observe.saved import saved
 from nanhunt.observe.source import SKIPPED, is_users_function, kind_of, place_in_backward
+from nanhunt.observe.values import as_float, values_at
 from nanhunt.records.evidence import BackwardEvidence, OffenderEvidence, Operand
 from nanhunt.records.ops import OpRecord, StateSource, Trace
 
@@ -148,7 +149,7 @@ def _gathered(offender: FocusedOp, forward_op: str, held: dict[str, Any], node: 
     operands = tuple(_operands(held, positions, shape))
     return BackwardEvidence(
         positions=tuple(positions),
-        made=tuple(_number(values[position]) for position in positions),
+        made=tuple(as_float(values[position]) for position in positions),
         inputs=tuple(_operands(arguments, positions, shape)),
         operands=operands,
         cut_by=_cut_by(node, may_vanish=not _was_nonfinite(forward_op, operands)) if node is not None else "",
@@ -177,23 +178,9 @@ def _operands(values: dict[str, Any], positions: list[tuple[int, ...]], shape: t
     for name, value in values.items():
         if isinstance(value, Tensor) and can_hold_nonfinite(value) and unreadable_kind(value) is None:
             if value.layout is torch.strided:
-                yield Operand(name, value_facts(value), _values_at(value.detach(), positions, shape))
+                yield Operand(name, value_facts(value), values_at(value.detach(), positions, shape))
         elif isinstance(value, float | int) and not isinstance(value, bool):
             yield Operand(name, None, (float(value),) * len(positions))
-
-
-def _values_at(value: Tensor, positions: list[tuple[int, ...]], shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Values at the offending positions, where the shape broadcasts to the output's."""
-    try:
-        wide = value.expand(shape)
-    except RuntimeError:
-        return ()
-    return tuple(_number(wide[position]) for position in positions)
-
-
-def _number(value: Tensor) -> float:
-    """A Python float; the magnitude of a complex number."""
-    return float(value.abs()) if value.is_complex() else float(value)
 
 
 def _was_nonfinite(forward_op: str, operands: tuple[Operand, ...]) -> bool:

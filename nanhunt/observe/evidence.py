@@ -15,6 +15,7 @@ from nanhunt.observe.producers import producers
 from nanhunt.observe.recomputed import recomputed
 from nanhunt.observe.saved import saved
 from nanhunt.observe.singular import singular_matrices
+from nanhunt.observe.values import as_float, values_at
 from nanhunt.records.evidence import OffenderEvidence, Operand, Spectrum
 from nanhunt.records.ops import OpRecord
 
@@ -61,7 +62,7 @@ def gather_evidence(offender: FocusedOp, forward: FocusedOp | None) -> OffenderE
     return OffenderEvidence(
         num_offending=int(mask.sum()),
         positions=tuple(shown),
-        results=tuple(_number(bad[position]) for position in shown),
+        results=tuple(as_float(bad[position]) for position in shown),
         operands=tuple(_operands(offender.op, values, shown, tuple(bad.shape))),
         spectrum=_spectrum(forward, mask) if forward is not None else None,
         rows_all_neginf=_rows_all_neginf(offender, values),
@@ -148,12 +149,8 @@ def _values_at(
 ) -> tuple[float, ...]:
     """Values at the offending positions of the output, where the shape broadcasts to it."""
     if is_per_channel and value.dim() == 1 and len(shape) > 1:
-        return tuple(_number(value[position[1]]) for position in positions)
-    try:
-        wide = value.expand(shape)
-    except RuntimeError:
-        return ()
-    return tuple(_number(wide[position]) for position in positions)
+        return tuple(as_float(value[position[1]]) for position in positions)
+    return values_at(value, positions, shape)
 
 
 def _spectrum(forward: FocusedOp, mask: Tensor) -> Spectrum | None:
@@ -234,8 +231,3 @@ def _rows_all_neginf(op: FocusedOp, values: dict[str, Any]) -> int | None:
     dims = [axis for axis in range(first.dim()) if other.shape[axis] == 1 < first.shape[axis]]
     rows = torch.isneginf(first).all(dim=dims, keepdim=True) & torch.isneginf(other) if dims else None
     return int(rows.sum()) if rows is not None else None
-
-
-def _number(value: Any) -> float:
-    """A Python float; the magnitude of a complex number."""
-    return float(value.abs()) if value.is_complex() else float(value)

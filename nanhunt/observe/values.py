@@ -75,3 +75,17 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
         for key, value in state.items():
             if isinstance(value, Tensor):
                 yield parameter, key, value
+
+
+def values_at(value: Tensor, positions: Iterable[tuple[int, ...]], shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Values at positions of a shape that the tensor broadcasts to; none where it does not."""
+    try:
+        wide = value.expand(shape)
+    except RuntimeError:
+        return ()
+    return tuple(as_float(wide[position]) for position in positions)
+
+
+def as_float(value: Any) -> float:
+    """A Python float; the magnitude of a complex number."""
+    return float(value.abs()) if value.is_complex() else float(value)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from nanhunt.records.updates import WeightSample
-from nanhunt.rules.optimizer_words import overflow_example, sustained_growth, weight_samples
+from nanhunt.rules.optimizer_words import OVERFLOWS, overflow_example, sustained_growth, weight_samples
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 _TOLERANCE = 0.25
@@ -62,7 +62,7 @@ RULE = Rule(
     "weight-decay-divergence",
     "weight-decay-divergence",
     _judge,
-    goes_before=("NH107", "NH108", "NH109", "NH404"),
+    goes_before=OVERFLOWS,
 )
 
 _THREEFOLD = [3.0**number for number in range(12, 42)]

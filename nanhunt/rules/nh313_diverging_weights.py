@@ -20,7 +20,7 @@ Known limits:
     that takes fewer than four steps.
 """
 
-from nanhunt.rules.optimizer_words import Growth, overflow_example, sustained_growth, weight_samples
+from nanhunt.rules.optimizer_words import OVERFLOWS, Growth, overflow_example, sustained_growth, weight_samples
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 
@@ -59,7 +59,7 @@ def _judgement(growth: Growth) -> Judgement:
     )
 
 
-RULE = Rule("NH313", "diverging-weights", "diverging-weights", _judge, goes_before=("NH107", "NH108", "NH109", "NH404"))
+RULE = Rule("NH313", "diverging-weights", "diverging-weights", _judge, goes_before=OVERFLOWS)
 
 _DOUBLED = [2.0**number for number in range(40, 72)]
 FLAGGED = (

@@ -20,7 +20,14 @@ Known limits:
 from collections.abc import Sequence
 
 from nanhunt.records.updates import WeightHistory, WeightSample
-from nanhunt.rules.optimizer_words import is_given_huge, is_huge, overflow_example, sustained_growth, weight_samples
+from nanhunt.rules.optimizer_words import (
+    OVERFLOWS,
+    is_given_huge,
+    is_huge,
+    overflow_example,
+    sustained_growth,
+    weight_samples,
+)
 from nanhunt.rules.registry import Case, Judgement, Rule
 
 _THROW = 1e3
@@ -67,7 +74,7 @@ RULE = Rule(
     "weights-thrown-by-one-step",
     "weights-thrown-by-one-step",
     _judge,
-    goes_before=("NH107", "NH108", "NH109", "NH404"),
+    goes_before=OVERFLOWS,
 )
 
 FLAGGED = (overflow_example(weight_samples(1.0, 1.1, 1.0, 1e20)), overflow_example(weight_samples(1.0, 1.0, 2e9)))

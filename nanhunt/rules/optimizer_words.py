@@ -19,6 +19,9 @@ MIN_FACTOR = 1.2
 MIN_GROWTH = 100.0
 MAX_FALL = 4.0
 
+OVERFLOWS = ("NH107", "NH108", "NH109", "NH404")
+"""Rules that name the operation that overflowed; what made its input so large says more."""
+
 
 class Growth(NamedTuple):
     """Weights that kept growing over the last steps."""
